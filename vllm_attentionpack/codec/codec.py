@@ -1,0 +1,168 @@
+"""One layer's codec: bases and layout, ready to encode tokens into latents and back."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_attentionpack.codec.layout import KINDS, GroupLayout, Kind, LayerLayout, PlaneCounts
+from vllm_attentionpack.codec.quantize import (
+    choose_scale,
+    step_and_distortion,
+    to_codes,
+    zero_points,
+)
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The linear maps of one (layer, head group, K|V), one per modality.
+
+    Latents are measured in quantiser steps: the code of a token with scale `s` stands for
+    `s * (code - zero_point)`.
+
+    Attributes:
+        mean: float32 `[M, GD]`. Never stored per token: a constant in every key shifts all logits
+            alike, a constant in every value comes back once, since softmax weights sum to one.
+        encode: float32 `[M, GD, R]`, `latent = (x - mean) @ encode`.
+        decode: float32 `[M, R, GD]`, `x ≈ mean + latent @ decode`.
+        weight: float32 `[M, R]`, the squared error (of logits for keys, of layer outputs for
+            values) that one squared step of error in each latent dim costs.
+    """
+
+    mean: Tensor
+    encode: Tensor
+    decode: Tensor
+    weight: Tensor
+
+    @property
+    def num_modalities(self) -> int:
+        return self.mean.shape[0]
+
+    def to(self, device: torch.device) -> "Basis":
+        return Basis(*(tensor.to(device) for tensor in self.tensors().values()))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by field name, in the order of the fields."""
+        return {
+            "mean": self.mean,
+            "encode": self.encode,
+            "decode": self.decode,
+            "weight": self.weight,
+        }
+
+
+class PlaneCodec:
+    """Encodes one (head group, K|V): a `Basis` with the plane counts of its layout."""
+
+    def __init__(self, basis: Basis, counts: PlaneCounts) -> None:
+        self.basis = basis
+        self.counts = counts
+        device = basis.mean.device
+        bits = torch.tensor(counts.bits_per_dim, dtype=torch.float32, device=device)
+        self.exact = counts.n16 > 0
+        #: float32 `[R]`: the code of zero in each dim; 0 where latents are stored as bfloat16.
+        self.zero_point = torch.zeros_like(bits) if self.exact else zero_points(bits)
+        #: float32 `[R]`: quantiser step for unit variance.
+        self.step = torch.tensor(
+            [step_and_distortion(b)[0] for b in counts.bits_per_dim],
+            dtype=torch.float32,
+            device=device,
+        )
+
+    @property
+    def rank(self) -> int:
+        return self.counts.rank
+
+    def encode(self, x: Tensor, visual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Codes and scales of tokens.
+
+        Args:
+            x: `[T, GD]` keys or values of the head group, any float dtype.
+            visual: bool `[T]`, True for visual tokens; None when all are text. Ignored by a codec
+                of one modality.
+
+        Returns:
+            codes `[T, R]`, float32 whole numbers (bfloat16-valued latents in 16-bit planes), and
+            float32 scales `[T]` that are exactly representable in one byte.
+        """
+        basis, x = self.basis, x.float()
+        latent = (x - basis.mean[0]) @ basis.encode[0]
+        weight = basis.weight[0]
+        if visual is not None and basis.num_modalities == 2:
+            other = (x - basis.mean[1]) @ basis.encode[1]
+            latent = torch.where(visual[:, None], other, latent)
+            weight = basis.weight[visual.long()]
+        if self.exact:
+            return latent, torch.ones(len(x), device=x.device)
+        scale = choose_scale(latent, self.zero_point, self.step, weight)
+        return to_codes(latent, scale, self.zero_point), scale
+
+    def reconstruct(self, codes: Tensor, scale: Tensor, visual: Tensor) -> Tensor:
+        """The tokens that codes stand for, float32 `[T, GD]`; see `encode` for the arguments."""
+        latent = (codes - self.zero_point) * scale[:, None]
+        index = visual.long() if self.basis.num_modalities == 2 else torch.zeros_like(visual.long())
+        out = torch.empty(len(codes), self.basis.mean.shape[1], device=codes.device)
+        for m in range(self.basis.num_modalities):
+            chosen = index == m
+            out[chosen] = self.basis.mean[m] + latent[chosen] @ self.basis.decode[m]
+        return out
+
+
+@dataclass(frozen=True)
+class GroupCodec:
+    """The key and value codecs of one head group."""
+
+    key: PlaneCodec
+    value: PlaneCodec
+
+
+class LayerCodec:
+    """The codec of one attention layer (of this rank's heads).
+
+    Args:
+        layout: byte layout, with one entry per head group.
+        bases: key and value basis of each head group, in head order.
+    """
+
+    def __init__(self, layout: LayerLayout, bases: "list[dict[Kind, Basis]]") -> None:
+        if len(bases) != len(layout.groups):
+            raise ValueError(f"{len(bases)} bases for {len(layout.groups)} head groups")
+        self.layout = layout
+        self.groups = [
+            GroupCodec(*(PlaneCodec(basis[kind], getattr(group, kind)) for kind in KINDS))
+            for basis, group in zip(bases, layout.groups, strict=True)
+        ]
+
+    @property
+    def num_modalities(self) -> int:
+        return self.groups[0].key.basis.num_modalities
+
+    def group_heads(self) -> Iterator[tuple[GroupCodec, slice]]:
+        """Each head group with the slice of KV heads that it codes."""
+        size = self.layout.heads_per_group
+        for g, group in enumerate(self.groups):
+            yield group, slice(g * size, (g + 1) * size)
+
+    def to(self, device: torch.device) -> "LayerCodec":
+        bases: list[dict[Kind, Basis]] = [
+            {"key": g.key.basis.to(device), "value": g.value.basis.to(device)} for g in self.groups
+        ]
+        return LayerCodec(self.layout, bases)
+
+
+def identity_codec(num_kv_heads: int, head_size: int, heads_per_group: int = 1) -> LayerCodec:
+    """A codec that stores bfloat16 keys and values as they are: for tests and debugging only.
+
+    Its 16-bit planes keep every bit of a bfloat16 cache, so that whatever differs from a dense
+    cache is a fault of the code around the codec.
+    """
+    dims = heads_per_group * head_size
+    counts = PlaneCounts(n16=dims)
+    groups = tuple(GroupLayout(counts, counts) for _ in range(num_kv_heads // heads_per_group))
+    size = sum(group.bytes_per_token for group in groups)
+    eye = torch.eye(dims)[None]
+    basis = Basis(torch.zeros(1, dims), eye, eye.clone(), torch.ones(1, dims))
+    layout = LayerLayout(groups, heads_per_group, head_size, size)
+    return LayerCodec(layout, [{"key": basis, "value": basis} for _ in groups])

@@ -1,0 +1,193 @@
+"""Where every byte of a compacted KV-cache block lies. The only byte arithmetic of the project.
+
+A block of `S` tokens is plane-major. For each head group in turn, then each of K and V, come the
+planes in the order of `BIT_WIDTHS`, each `[S, bytes per token of the plane]`; after the planes of
+all groups come the scales, one byte per (group, K|V), each `[S]`; then the padding, if any::
+
+    | g0.K.8 | g0.K.4 | g0.K.2 | g0.V.8 | ... | g1.K.8 | ... | g0.K.scale | g0.V.scale | ... | pad |
+
+A kernel so streams one plane of one head group contiguously. Plane bytes are multiples of
+`PLANE_QUANTUM` and `S` is a multiple of `BLOCK_SIZE_MULTIPLE`, so that every plane starts at a
+multiple of 16 bytes within a block whose own start is so aligned.
+
+Latent dims are ordered by decreasing variance, so the first dims sit in the widest plane. Within a
+plane of `b` bits and `n` dims, byte `j` of a token holds the dims `j, j + n/c, j + 2n/c, ...`
+(`c = 8/b` codes per byte, lowest bits first): unpacking is a shift and a mask per sub-plane, and no
+interleaving.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+Kind = Literal["key", "value"]
+KINDS: tuple[Kind, Kind] = ("key", "value")
+
+#: Bits per latent dim that a plane can have. 16 holds bfloat16 latents as they are; it exists for
+#: the identity packs of tests and never comes out of the allocator.
+BIT_WIDTHS = (16, 8, 4, 2)
+#: A plane takes a multiple of this many bytes per token, so that it can be read as 32-bit words.
+PLANE_QUANTUM = 4
+#: Bytes of one per-token scale (see `quantize.encode_scale`).
+SCALE_BYTES = 1
+#: `S` must be a multiple of this.
+BLOCK_SIZE_MULTIPLE = 16
+#: Bytes of one dense bfloat16 element: `compression_ratio` is measured against it for every model.
+DENSE_BYTES = 2
+
+
+@dataclass(frozen=True)
+class PlaneCounts:
+    """How many latent dims of one (head group, K|V) have 16, 8, 4 and 2 bits.
+
+    Raises `ValueError` when a plane is not a multiple of `PLANE_QUANTUM` bytes per token.
+    """
+
+    n8: int = 0
+    n4: int = 0
+    n2: int = 0
+    n16: int = 0
+
+    def __post_init__(self) -> None:
+        for bits, dims in self:
+            if dims < 0 or dims * bits % (8 * PLANE_QUANTUM):
+                raise ValueError(
+                    f"a plane of {bits}-bit latent dims must hold a multiple of "
+                    f"{8 * PLANE_QUANTUM // bits} dims, got {dims}"
+                )
+        if self.n16 and (self.n8 or self.n4 or self.n2):
+            raise ValueError("16-bit latents cannot be mixed with quantised ones")
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Yields (bits, dims) from the widest plane to the narrowest, empty planes included."""
+        return iter(((16, self.n16), (8, self.n8), (4, self.n4), (2, self.n2)))
+
+    @property
+    def rank(self) -> int:
+        """Retained latent dims, `R`."""
+        return self.n16 + self.n8 + self.n4 + self.n2
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of the codes of one token, without the scale."""
+        return sum(bits * dims for bits, dims in self) // 8
+
+    @property
+    def bits_per_dim(self) -> tuple[int, ...]:
+        """The bits of each of the `R` retained dims, in latent order."""
+        return tuple(bits for bits, dims in self for _ in range(dims))
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """Plane counts of one head group."""
+
+    key: PlaneCounts
+    value: PlaneCounts
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.key.bytes_per_token + self.value.bytes_per_token + 2 * SCALE_BYTES
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One contiguous run of a block: `[S, bytes_per_token]` bytes from `offset` on.
+
+    `bits` is 0 for a plane of scales.
+    """
+
+    group: int
+    kind: Kind
+    bits: int
+    dims: int
+    bytes_per_token: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """The layout of one attention layer: its head groups and the padding to its page-size class.
+
+    Attributes:
+        groups: plane counts of each head group, in head order.
+        heads_per_group: `G`.
+        head_size: `D`.
+        bytes_per_token: bytes that a token takes in this layer, padding included; at least the sum
+            over the groups.
+    """
+
+    groups: tuple[GroupLayout, ...]
+    heads_per_group: int
+    head_size: int
+    bytes_per_token: int
+
+    def __post_init__(self) -> None:
+        if self.bytes_per_token < self.content_bytes_per_token:
+            raise ValueError(
+                f"{self.bytes_per_token} bytes per token cannot hold the "
+                f"{self.content_bytes_per_token} bytes of the head groups"
+            )
+        group_dims = self.heads_per_group * self.head_size
+        for group in self.groups:
+            if max(group.key.rank, group.value.rank) > group_dims:
+                raise ValueError(f"a rank exceeds the {group_dims} dims of a head group: {group}")
+
+    @cached_property
+    def content_bytes_per_token(self) -> int:
+        """Bytes per token without padding."""
+        return sum(group.bytes_per_token for group in self.groups)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return len(self.groups) * self.heads_per_group
+
+    @property
+    def dense_bytes_per_token(self) -> int:
+        """Bytes per token of a dense bfloat16 cache of this layer."""
+        return 2 * self.num_kv_heads * self.head_size * DENSE_BYTES
+
+    @property
+    def compression_ratio(self) -> float:
+        """Dense bfloat16 bytes over stored bytes; scales and padding count."""
+        return self.dense_bytes_per_token / self.bytes_per_token
+
+    def block_bytes(self, block_size: int) -> int:
+        """Bytes of a block of `block_size` tokens, padding included."""
+        return check_block_size(block_size) * self.bytes_per_token
+
+    def planes(self, block_size: int) -> tuple[Plane, ...]:
+        """Every plane of a block of `block_size` tokens in the order of its bytes."""
+        check_block_size(block_size)
+        planes, offset = [], 0
+
+        def add(group: int, kind: Kind, bits: int, dims: int, width: int) -> None:
+            nonlocal offset
+            planes.append(Plane(group, kind, bits, dims, width, offset))
+            offset += width * block_size
+
+        for g, group in enumerate(self.groups):
+            for kind in KINDS:
+                for bits, dims in getattr(group, kind):
+                    if dims:
+                        add(g, kind, bits, dims, bits * dims // 8)
+        for g in range(len(self.groups)):
+            for kind in KINDS:
+                add(g, kind, 0, 1, SCALE_BYTES)
+        return tuple(planes)
+
+
+def check_block_size(block_size: int) -> int:
+    """Returns `block_size`; raises `ValueError` when no block can have that many tokens."""
+    if block_size <= 0 or block_size % BLOCK_SIZE_MULTIPLE:
+        raise ValueError(
+            f"block size {block_size} is not a positive multiple of {BLOCK_SIZE_MULTIPLE}"
+        )
+    return block_size
+
+
+def compression_ratio(layers: "list[LayerLayout] | tuple[LayerLayout, ...]") -> float:
+    """Dense bfloat16 bytes over stored bytes of a whole model; scales and padding count."""
+    dense = sum(layer.dense_bytes_per_token for layer in layers)
+    return dense / sum(layer.bytes_per_token for layer in layers)

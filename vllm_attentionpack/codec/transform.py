@@ -1,0 +1,99 @@
+"""Bases from calibration moments: error-weighted principal components of a head group.
+
+Keys: an error `e` in a key costs `E|qᵀe|²` in logits, so keys are whitened by the square root of
+the query moments of their head; values cost `eᵀ M e` in the layer's output, `M` the Gram matrix of
+the output projection. Principal components of whitened vectors then make the squared error of the
+latent *equal* to that cost (see KQ-SVD and OSCAR for the query-weighted form; DESIGN, "The method").
+Both are scaled to the same unit, the energy of the error in the layer's output, so that keys,
+values and heads compete for the same bytes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_attentionpack.codec.codec import Basis
+from vllm_attentionpack.codec.layout import PlaneCounts
+from vllm_attentionpack.codec.quantize import step_and_distortion
+
+
+@dataclass(frozen=True)
+class PrincipalBasis:
+    """All principal directions of one (layer, head group, K|V), before ranks and bits are chosen.
+
+    Attributes:
+        mean: float64 `[M, GD]`.
+        encode: float64 `[M, GD, GD]`, `c = (x - mean) @ encode`, variances in falling order.
+        decode: float64 `[M, GD, GD]`, the inverse of `encode`.
+        variance: float64 `[M, GD]`, of `c`: the error that dropping each dim costs.
+        share: float64 `[M]`, the fraction of calibration tokens of each modality; sums to one.
+    """
+
+    mean: Tensor
+    encode: Tensor
+    decode: Tensor
+    variance: Tensor
+    share: Tensor
+
+    @property
+    def spectrum(self) -> Tensor:
+        """float64 `[GD]`: the variance of each latent dim, averaged over modalities by share."""
+        return (self.variance * self.share[:, None]).sum(0)
+
+    def truncate(self, counts: PlaneCounts) -> Basis:
+        """The basis of the retained dims, measured in quantiser steps."""
+        rank = counts.rank
+        steps = torch.tensor(
+            [step_and_distortion(b)[0] for b in counts.bits_per_dim], dtype=torch.float64
+        )
+        floor = self.variance.amax(1, keepdim=True).clamp_min(1e-30) * 1e-12
+        unit = self.variance.maximum(floor)[:, :rank].sqrt() * steps  # [M, R], one step of c
+        return Basis(
+            mean=self.mean.float(),
+            encode=(self.encode[:, :, :rank] / unit[:, None, :]).float(),
+            decode=(self.decode[:, :rank] * unit[:, :, None]).float(),
+            weight=unit.square().float(),
+        )
+
+
+def principal_basis(
+    second: Tensor, mean: Tensor, count: Tensor, metric: Tensor, regularization: float
+) -> PrincipalBasis:
+    """Error-weighted principal components of one head group.
+
+    Args:
+        second: float64 `[M, GD, GD]`, `E[x xᵀ]` per modality.
+        mean: float64 `[M, GD]`, `E[x]` per modality.
+        count: `[M]`, tokens seen of each modality.
+        metric: float64 `[G, D, D]`, the error metric of each head: an error `e` in head `h` costs
+            `eᵀ metric[h] e`.
+        regularization: fraction of the mean diagonal added to `metric` (so that directions which
+            calibration saw no query use are kept at a low price rather than for nothing) and, per
+            head size of tokens, to a modality's covariance from all modalities together.
+    """
+    root, inverse = _metric_roots(metric, regularization)
+    covariance = second - mean[:, :, None] * mean[:, None, :]
+    share = count.double() / count.sum()
+    pooled = (covariance * share[:, None, None]).sum(0)
+    # A modality seen for few tokens leans on the others: its own covariance would be singular.
+    lean = covariance.shape[-1] / (count.double() + covariance.shape[-1])
+    covariance = covariance + (pooled - covariance) * lean[:, None, None]
+    whitened = root @ covariance @ root
+    whitened = (whitened + whitened.mT) / 2
+    variance, vectors = torch.linalg.eigh(whitened)
+    variance, vectors = variance.flip(-1).clamp_min(0), vectors.flip(-1)
+    return PrincipalBasis(mean, root @ vectors, vectors.mT @ inverse, variance, share)
+
+
+def _metric_roots(metric: Tensor, regularization: float) -> tuple[Tensor, Tensor]:
+    """Block-diagonal `metric^(1/2)` and its inverse, float64 `[GD, GD]` each."""
+    roots, inverses = [], []
+    # One floor for the whole group: a head that hardly matters must not be whitened up.
+    floor = metric.diagonal(dim1=-2, dim2=-1).mean() * regularization
+    for head in metric:
+        value, vector = torch.linalg.eigh((head + head.T) / 2)
+        value = (value.clamp_min(0) + floor.clamp_min(1e-30)).sqrt()
+        roots.append((vector * value) @ vector.T)
+        inverses.append((vector / value) @ vector.T)
+    return torch.block_diag(*roots), torch.block_diag(*inverses)

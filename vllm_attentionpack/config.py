@@ -1,0 +1,68 @@
+"""Serving configuration: what `--additional-config` and the environment may say."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from vllm_attentionpack.errors import ConfigError
+
+#: The key of `--additional-config` that is ours.
+SECTION = "attentionpack"
+#: Path of the pack, when the section does not name one.
+PACK_VARIABLE = "ATTENTIONPACK_PACK"
+#: `1` keeps the plugin from registering anything.
+DISABLE_VARIABLE = "ATTENTIONPACK_DISABLE"
+
+
+class ServeConfig(BaseModel):
+    """The `attentionpack` section of vLLM's `--additional-config`.
+
+    Attributes:
+        pack: path of the pack file.
+        exact_prefill: True (default) lets the fresh tokens of a step attend to each other exactly
+            and reads only what was cached before from the codes. False reads everything from the
+            codes: slower to become exact, needed to measure the codec by teacher forcing.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pack: Path
+    exact_prefill: bool = True
+
+
+def serve_config(
+    additional_config: Any, environment: Mapping[str, str] = os.environ
+) -> ServeConfig:
+    """Merges `--additional-config` with the environment; the flag wins.
+
+    Raises:
+        ConfigError: no pack, unknown keys, wrong types.
+    """
+    section = additional_config.get(SECTION, {}) if isinstance(additional_config, Mapping) else {}
+    if not isinstance(section, Mapping):
+        raise ConfigError(
+            f"additional-config '{SECTION}' is {section!r}; expected an object such as "
+            '{"attentionpack": {"pack": "model.pack.safetensors"}}.'
+        )
+    values = dict(section)
+    if "pack" not in values and environment.get(PACK_VARIABLE):
+        values["pack"] = environment[PACK_VARIABLE]
+    if "pack" not in values:
+        raise ConfigError(
+            "the attention backend ATTENTIONPACK needs a pack and none is configured. Pass "
+            '--additional-config \'{"attentionpack": {"pack": "model.pack.safetensors"}}\' or set '
+            f"{PACK_VARIABLE}; make a pack with 'attentionpack calibrate'."
+        )
+    try:
+        return ServeConfig.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"'{'.'.join(map(str, e['loc']))}' = {e['input']!r}: {e['msg']}" for e in error.errors()
+        )
+        raise ConfigError(
+            f"additional-config '{SECTION}' cannot be used: {problems}. "
+            f"Allowed keys: {', '.join(ServeConfig.model_fields)}."
+        ) from error

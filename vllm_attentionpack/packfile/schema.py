@@ -1,0 +1,154 @@
+"""What a pack holds. The header is JSON in the safetensors metadata; the rest are tensors.
+
+Tensors are named `layers.<i>.groups.<g>.<key|value>.<mean|encode|decode|weight>` (see
+`codec.Basis`) and `layers.<i>.groups.<g>.<key|value>.variance` (float32 `[M, GD]`, the spectrum).
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from vllm_attentionpack.codec.codec import Basis, LayerCodec
+from vllm_attentionpack.codec.layout import (
+    GroupLayout,
+    Kind,
+    LayerLayout,
+    PlaneCounts,
+    compression_ratio,
+)
+
+#: Raised by one whenever older code could misread a newer file.
+FORMAT_VERSION = 1
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Fingerprint(_Frozen):
+    """What a model must have in common with the one that was calibrated."""
+
+    architecture: str
+    num_layers: PositiveInt
+    num_query_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    head_size: PositiveInt
+    #: The model's rotary parameters as its configuration states them, JSON text with sorted keys.
+    rope: str
+
+
+class Provenance(_Frozen):
+    """Where a pack comes from; informative, never checked."""
+
+    model: str
+    data_sha256: str
+    tokens: Count
+    visual_tokens: Count
+    seed: int
+    vllm_version: str
+    attentionpack_version: str
+
+
+class PlaneHeader(_Frozen):
+    """Plane counts in the file (see `codec.layout.PlaneCounts`)."""
+
+    n8: Count
+    n4: Count
+    n2: Count
+    n16: Count = 0
+
+    def counts(self) -> PlaneCounts:
+        return PlaneCounts(n8=self.n8, n4=self.n4, n2=self.n2, n16=self.n16)
+
+
+class GroupHeader(_Frozen):
+    key: PlaneHeader
+    value: PlaneHeader
+
+
+class LayerHeader(_Frozen):
+    """One attention layer: its name in vLLM, its head groups, its stored bytes per token."""
+
+    name: str
+    bytes_per_token: PositiveInt
+    groups: tuple[GroupHeader, ...]
+
+
+class PackHeader(_Frozen):
+    """Everything of a pack but its tensors.
+
+    Attributes:
+        format_version: see `FORMAT_VERSION`.
+        fingerprint: the model that the pack belongs to.
+        heads_per_group: `G`.
+        num_modalities: 1 (all tokens alike) or 2 (text, visual).
+        ratio: the compression ratio that was asked for.
+        max_context: positions over which the rotated statistics were averaged; contexts beyond
+            it are served with a warning.
+        layers: in the order of the model.
+    """
+
+    format_version: PositiveInt
+    fingerprint: Fingerprint
+    provenance: Provenance
+    heads_per_group: PositiveInt
+    num_modalities: Annotated[int, Field(ge=1, le=2)]
+    ratio: PositiveFloat
+    max_context: PositiveInt
+    layers: tuple[LayerHeader, ...]
+
+    def layouts(self) -> list[LayerLayout]:
+        """The byte layout of every layer."""
+        return [
+            LayerLayout(
+                groups=tuple(GroupLayout(g.key.counts(), g.value.counts()) for g in layer.groups),
+                heads_per_group=self.heads_per_group,
+                head_size=self.fingerprint.head_size,
+                bytes_per_token=layer.bytes_per_token,
+            )
+            for layer in self.layers
+        ]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Stored bytes per token over all layers."""
+        return sum(layer.bytes_per_token for layer in self.layers)
+
+    @property
+    def dense_bytes_per_token(self) -> int:
+        """Bytes per token of a dense bfloat16 cache of the same layers."""
+        return sum(layout.dense_bytes_per_token for layout in self.layouts())
+
+    @property
+    def compression_ratio(self) -> float:
+        """The ratio that was reached; scales and padding count."""
+        return compression_ratio(self.layouts())
+
+
+@dataclass(frozen=True)
+class LayerPack:
+    """The bases and spectra of one layer.
+
+    Attributes:
+        bases: for each head group its key and its value basis.
+        variance: for each head group the float32 `[M, GD]` spectra of keys and of values.
+    """
+
+    bases: "list[dict[Kind, Basis]]"
+    variance: "list[dict[Kind, Tensor]]"
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A whole pack: header and tensors, layers in the order of the header."""
+
+    header: PackHeader
+    layers: list[LayerPack]
+
+    def codec(self, layer: int) -> LayerCodec:
+        """The codec of one layer over all its head groups."""
+        return LayerCodec(self.header.layouts()[layer], self.layers[layer].bases)
