@@ -1,0 +1,1 @@
+"""Memory: what vLLM's block manager is told about compacted pages."""

@@ -1,0 +1,86 @@
+"""Per-step metadata of the compacted attention layers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import (
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_attentionpack.attention.state import EngineState
+from vllm_attentionpack.ops import QueryBatch
+
+
+@dataclass
+class AttentionPackMetadata(AttentionMetadata):
+    """One step of one KV-cache group.
+
+    Attributes:
+        num_actual_tokens: new tokens without padding, `T`.
+        batch: how the new tokens belong to requests.
+        seq_lens: int32 `[B]`, tokens of each request after this step.
+        context_lens: int32 `[B]`, tokens of each request before this step.
+        has_context: False if all `context_lens` are known to be 0.
+        block_table: int32 `[B, max_blocks]`.
+        slot_mapping: int64 `[T]`.
+    """
+
+    num_actual_tokens: int
+    batch: QueryBatch
+    seq_lens: Tensor
+    context_lens: Tensor
+    has_context: bool
+    block_table: Tensor
+    slot_mapping: Tensor
+
+
+class AttentionPackMetadataBuilder(AttentionMetadataBuilder[AttentionPackMetadata]):
+    """Builds `AttentionPackMetadata` and, once per engine, logs the capacity."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        state: EngineState = next(iter(layers.values())).impl.state
+        state.report(vllm_config.cache_config.num_gpu_blocks or 0, kv_cache_spec.block_size)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+        **_: Any,
+    ) -> AttentionPackMetadata:
+        common = common_attn_metadata
+        starts = common.query_start_loc_cpu.tolist()
+        bound = common.seq_lens_cpu_upper_bound
+        if bound is None:
+            longest = [common.max_seq_len] * common.num_reqs
+            has_context = True
+        else:
+            longest = bound[: common.num_reqs].tolist()
+            has_context = any(
+                n > stop - start
+                for n, start, stop in zip(longest, starts, starts[1:], strict=False)
+            )
+        return AttentionPackMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            batch=QueryBatch.build(starts, longest, self.device),
+            seq_lens=common.seq_lens,
+            context_lens=common.compute_num_computed_tokens(),
+            has_context=has_context,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
+        )

@@ -1,0 +1,96 @@
+"""What the layers of one engine share: configuration and pack, loaded once per worker process."""
+
+from dataclasses import dataclass, field
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
+
+from vllm_attentionpack.codec.codec import LayerCodec
+from vllm_attentionpack.codec.layout import compression_ratio
+from vllm_attentionpack.config import ServeConfig, serve_config
+from vllm_attentionpack.errors import PackMismatchError
+from vllm_attentionpack.packfile import Pack, load_pack
+from vllm_attentionpack.packfile.shard import check_shardable, shard_codec
+
+logger = init_logger(__name__)
+
+_ATTRIBUTE = "_attentionpack_state"
+
+
+@dataclass
+class EngineState:
+    """Configuration, pack and the codecs handed to layers so far, by layer name."""
+
+    config: ServeConfig
+    pack: Pack
+    tp_size: int
+    tp_rank: int
+    device: torch.device
+    codecs: dict[str, LayerCodec] = field(default_factory=dict)
+    reported: bool = False
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> "EngineState":
+        """The state of the engine that `vllm_config` belongs to; loads the pack the first time.
+
+        It lives on the configuration object, which lives as long as the engine does, so that two
+        engines of one process never share it.
+        """
+        state = getattr(vllm_config, _ATTRIBUTE, None)
+        if state is None:
+            config = serve_config(vllm_config.additional_config)
+            pack = load_pack(config.pack)
+            tp_size = vllm_config.parallel_config.tensor_parallel_size
+            check_shardable(pack.header, tp_size)
+            device = torch.device(vllm_config.device_config.device_type)
+            state = cls(config, pack, tp_size, get_tensor_model_parallel_rank(), device)
+            object.__setattr__(vllm_config, _ATTRIBUTE, state)
+        return state
+
+    def codec(self, layer_name: str) -> LayerCodec:
+        """This rank's codec of one layer.
+
+        Raises:
+            PackMismatchError: the pack has no such layer.
+        """
+        if layer_name not in self.codecs:
+            names = [layer.name for layer in self.pack.header.layers]
+            if layer_name not in names:
+                raise PackMismatchError(
+                    f"the model has the attention layer '{layer_name}', but the pack "
+                    f"'{self.config.pack}' holds only {', '.join(names[:3])}, ... "
+                    f"({len(names)} layers). Calibrate this model again."
+                )
+            codec = shard_codec(self.pack, names.index(layer_name), self.tp_size, self.tp_rank)
+            self.codecs[layer_name] = codec.to(self.device)
+        return self.codecs[layer_name]
+
+    def report(self, num_blocks: int, block_size: int) -> None:
+        """Logs once what the cache of this worker holds.
+
+        Raises:
+            PackMismatchError: the pack has layers that the model lacks.
+        """
+        if self.reported:
+            return
+        self.reported = True
+        missing = [layer.name for layer in self.pack.header.layers if layer.name not in self.codecs]
+        if missing:
+            raise PackMismatchError(
+                f"the pack '{self.config.pack}' holds the layer '{missing[0]}' "
+                f"({len(missing)} of {len(self.pack.header.layers)}), which the model lacks. "
+                "Calibrate this model again."
+            )
+        layouts = [codec.layout for codec in self.codecs.values()]
+        logger.info(
+            "AttentionPack: %.2fx compacted KV cache, %d -> %d bytes per token, %d tokens fit "
+            "(%d blocks of %d)",
+            compression_ratio(layouts),
+            sum(layout.dense_bytes_per_token for layout in layouts),
+            sum(layout.bytes_per_token for layout in layouts),
+            num_blocks * block_size,
+            num_blocks,
+            block_size,
+        )

@@ -1,0 +1,32 @@
+"""The page of one compacted layer in vLLM's terms. All sizes come from the layer's `LayerLayout`."""
+
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_attentionpack.codec.layout import LayerLayout, check_block_size
+
+Spec = TypeVar("Spec", bound=AttentionSpec)
+
+
+def compacted_spec(spec: Spec, layout: LayerLayout) -> Spec:
+    """The spec of a layer whose tokens take `layout.bytes_per_token` bytes.
+
+    vLLM's page is `[head slots, S, bytes]`; a plane-major block has no per-token struct, so it is
+    declared as one slot of raw bytes, which vLLM allocates as one contiguous run per block.
+    """
+    check_block_size(spec.block_size)
+    return replace(
+        spec, num_head_slots=1, state_content_bytes=layout.bytes_per_token, dtype=torch.uint8
+    )
+
+
+def block_view(kv_cache: Tensor) -> Tensor:
+    """vLLM's view of a layer's cache, `[num_blocks, 1, S, bytes]`, as `[num_blocks, S * bytes]`.
+
+    Raises `RuntimeError` where blocks are not contiguous, rather than copying.
+    """
+    return kv_cache.view(kv_cache.shape[0], -1)

@@ -1,0 +1,274 @@
+"""The ops in plain PyTorch on the packed bytes: the oracle that every faster version must match.
+
+Keys and values are never rebuilt. With `q' = decode · q` a logit is `s (q' · (code - zero)) +
+q · mean`, and with softmax weights `p` the output is `decodeᵀ Σ p s (code - zero) + mean Σ p`; both
+once per modality, chosen per token by the sign bit of its key scale.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_attentionpack.codec.codec import LayerCodec, PlaneCodec
+from vllm_attentionpack.codec.layout import KINDS, Kind, Plane
+from vllm_attentionpack.codec.quantize import decode_scale, encode_scale, pack_codes, unpack_codes
+from vllm_attentionpack.ops.batch import QueryBatch, Segment
+
+#: Bytes of float32 latents that one tile of context may unpack to.
+_TILE_BYTES = 1 << 25
+
+
+@dataclass(frozen=True)
+class AbsorbedQuery:
+    """Queries in the latent space of the keys; one entry per head group, softmax scale included.
+
+    Attributes:
+        latent: float32 `[T, Hg, M, R]` each, `Hg` query heads of the group.
+        mean_logit: float32 `[T, Hg, M]` each, the query against the mean key of each modality.
+    """
+
+    latent: list[Tensor]
+    mean_logit: list[Tensor]
+
+
+@dataclass(frozen=True)
+class AttendedLatent:
+    """What attention over codes yields; one entry per head group, normalised.
+
+    Attributes:
+        latent: float32 `[T, Hg, M, R]` each, weighted sums of value latents per modality.
+        weight: float32 `[T, Hg, M]` each, softmax weight of each modality.
+        lse: float32 `[T, Hq]`, natural log-sum-exp of the logits; `-inf` over no token.
+    """
+
+    latent: list[Tensor]
+    weight: list[Tensor]
+    lse: Tensor
+
+
+def store_kv(
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    visual: Tensor | None,
+    codec: LayerCodec,
+    block_size: int,
+) -> None:
+    """Encodes new tokens into their slots of the paged cache.
+
+    Args:
+        key: `[T, Hk, D]`, any float dtype.
+        value: `[T, Hk, D]`.
+        kv_cache: uint8 `[num_blocks, block_bytes]`; mutated.
+        slot_mapping: int `[T]`, `block * block_size + offset`; negative for no slot.
+        visual: bool `[T]`, True for visual tokens; None when all are text.
+        codec: the layer's codec.
+        block_size: `S`.
+    """
+    slots = slot_mapping.long()
+    stored = slots >= 0
+    slots = slots[stored]
+    block, offset = slots // block_size, slots % block_size
+    chosen = None if visual is None else visual[stored]
+    inputs = {"key": key[stored], "value": value[stored]}
+    planes = _planes_by_owner(codec, block_size)
+    for g, (group, heads) in enumerate(codec.group_heads()):
+        for kind in KINDS:
+            part: PlaneCodec = getattr(group, kind)
+            codes, scale = part.encode(inputs[kind][:, heads].flatten(1), chosen)
+            start = 0
+            for plane in planes[g, kind]:
+                if plane.bits:
+                    packed = pack_codes(codes[:, start : start + plane.dims], plane.bits)
+                    start += plane.dims
+                else:
+                    packed = encode_scale(scale, chosen)[:, None]
+                _plane_view(kv_cache, plane, block_size)[block, offset] = packed
+
+
+def absorb_query(query: Tensor, codec: LayerCodec, scale: float) -> AbsorbedQuery:
+    """Maps queries into the latent space of the keys, `[T, Hq, D]` in any float dtype."""
+    latent, mean_logit = [], []
+    repeats = query.shape[1] // codec.layout.num_kv_heads
+    grouped = query.float().unflatten(1, (-1, repeats)) * scale  # [T, Hk, rep, D]
+    for group, heads in codec.group_heads():
+        basis, head_size = group.key.basis, codec.layout.head_size
+        decode = basis.decode.unflatten(-1, (-1, head_size))  # [M, R, G, D]
+        mean = basis.mean.unflatten(-1, (-1, head_size))  # [M, G, D]
+        q = grouped[:, heads]
+        latent.append(torch.einsum("tgpd,mrgd->tgpmr", q, decode).flatten(1, 2))
+        mean_logit.append(torch.einsum("tgpd,mgd->tgpm", q, mean).flatten(1, 2))
+    return AbsorbedQuery(latent, mean_logit)
+
+
+def paged_attention(
+    query: AbsorbedQuery,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    batch: QueryBatch,
+    codec: LayerCodec,
+    block_size: int,
+    causal: bool,
+) -> AttendedLatent:
+    """Attends to the codes of each request's first `seq_lens` tokens.
+
+    Args:
+        query: absorbed queries of `T` tokens.
+        kv_cache: uint8 `[num_blocks, block_bytes]`.
+        block_table: int `[B, max_blocks]`; entries beyond a request's blocks may be anything.
+        seq_lens: int `[B]`, tokens visible to the last query of each request; 0 for none.
+        batch: how the tokens belong to requests.
+        codec: the layer's codec.
+        block_size: `S`.
+        causal: True if the queries are the last of the `seq_lens` tokens and see none after
+            themselves; False if every query sees all of them.
+
+    Returns:
+        Normalised latents, modality weights and log-sum-exp of all `T` tokens.
+    """
+    tokens = query.latent[0].shape[0]
+    device = kv_cache.device
+    latents, weights, lses = [], [], []
+    planes = _planes_by_owner(codec, block_size)
+    for g, (group, _) in enumerate(codec.group_heads()):
+        heads = query.latent[g].shape[1]
+        shape = (tokens, heads, codec.num_modalities)
+        latent = torch.zeros(*shape, group.value.rank, device=device)
+        weight = torch.zeros(shape, device=device)
+        lse = torch.full(shape[:2], float("-inf"), device=device)
+        for segment in batch.segments:
+            result = _attend_segment(
+                query.latent[g][segment.tokens],
+                query.mean_logit[g][segment.tokens],
+                _Pages(kv_cache, block_table[segment.requests].long(), block_size),
+                seq_lens[segment.requests].long(),
+                segment,
+                (group.key, planes[g, "key"]),
+                (group.value, planes[g, "value"]),
+                causal,
+            )
+            latent[segment.tokens], weight[segment.tokens], lse[segment.tokens] = result
+        latents.append(latent)
+        weights.append(weight)
+        lses.append(lse)
+    return AttendedLatent(latents, weights, torch.cat(lses, dim=1))
+
+
+def up_project(attended: AttendedLatent, codec: LayerCodec) -> Tensor:
+    """Maps attended value latents back to heads, float32 `[T, Hq, D]`."""
+    outputs = []
+    for g, (group, _) in enumerate(codec.group_heads()):
+        basis, layout = group.value.basis, codec.layout
+        decode = basis.decode.unflatten(-1, (-1, layout.head_size))
+        mean = basis.mean.unflatten(-1, (-1, layout.head_size))
+        size = (layout.heads_per_group, -1)
+        latent, weight = (x.unflatten(1, size) for x in (attended.latent[g], attended.weight[g]))
+        out = torch.einsum("tgpmr,mrgd->tgpd", latent, decode)
+        out += torch.einsum("tgpm,mgd->tgpd", weight, mean)
+        outputs.append(out.flatten(1, 2))
+    return torch.cat(outputs, dim=1)
+
+
+_CodecPlanes = tuple[PlaneCodec, list[Plane]]
+
+
+@dataclass(frozen=True)
+class _Pages:
+    """The pages of one segment: `block_table` is int64 `[b, max_blocks]`."""
+
+    kv_cache: Tensor
+    block_table: Tensor
+    block_size: int
+
+    def tiles(self, max_tokens: int, tile_tokens: int) -> Iterator[tuple[int, Tensor]]:
+        """Yields (first token, block ids `[b, n]`) until `max_tokens` are covered."""
+        blocks = min(-(-max_tokens // self.block_size), self.block_table.shape[1])
+        step = max(1, tile_tokens // self.block_size)
+        for start in range(0, blocks, step):
+            ids = self.block_table[:, start : min(start + step, blocks)].clamp(
+                0, self.kv_cache.shape[0] - 1
+            )
+            yield start * self.block_size, ids
+
+    def read(self, ids: Tensor, codec_planes: _CodecPlanes) -> tuple[Tensor, Tensor]:
+        """Latents float32 `[b, n * S, R]` and modality bool `[b, n * S]` of some blocks."""
+        codec, planes = codec_planes
+        codes = []
+        for plane in planes:
+            data = _plane_view(self.kv_cache, plane, self.block_size)[ids].flatten(1, 2)
+            if plane.bits:
+                codes.append(unpack_codes(data, plane.bits))
+            else:
+                scale, visual = decode_scale(data[..., 0])
+        latent = (torch.cat(codes, -1) - codec.zero_point) * scale[..., None]
+        return latent, visual
+
+
+def _attend_segment(
+    query: Tensor,
+    mean_logit: Tensor,
+    pages: _Pages,
+    seq_lens: Tensor,
+    segment: Segment,
+    key: _CodecPlanes,
+    value: _CodecPlanes,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Online softmax over tiles of context for `[b, q, h, M, R]` queries.
+
+    Returns latent `[b, q, h, M, Rv]`, weight `[b, q, h, M]` and log-sum-exp `[b, q, h]`.
+    """
+    b, length, heads, modalities, _ = query.shape
+    device = query.device
+    top = torch.full((b, length, heads), float("-inf"), device=device)
+    total = torch.zeros(b, length, heads, device=device)
+    weight = torch.zeros(b, length, heads, modalities, device=device)
+    latent = torch.zeros(b, length, heads, modalities, value[0].rank, device=device)
+    visible = seq_lens[:, None].expand(b, length)
+    if causal:
+        visible = visible - length + 1 + torch.arange(length, device=device)
+
+    widest = max(key[0].rank, value[0].rank, length * heads)
+    tile_tokens = max(1, _TILE_BYTES // (4 * b * widest))
+    for start, ids in pages.tiles(segment.max_seq_len, tile_tokens):
+        k, visual = pages.read(ids, key)
+        v, _ = pages.read(ids, value)
+        position = start + torch.arange(k.shape[1], device=device)
+        seen = (position < visible[..., None])[:, :, None]  # [b, q, 1, n]
+        v = torch.where((position < seq_lens[:, None])[..., None], v, 0.0)
+        logits = torch.einsum("bqhmr,bnr->bqhmn", query, k) + mean_logit[..., None]
+        if modalities == 2:
+            chosen = torch.stack([~visual, visual], 1)[:, None, None]  # [b, 1, 1, M, n]
+            logit = torch.where(visual[:, None, None], logits[..., 1, :], logits[..., 0, :])
+        else:
+            chosen = torch.ones(1, device=device, dtype=torch.bool)
+            logit = logits[..., 0, :]
+        logit = torch.where(seen, logit, float("-inf"))
+        new_top = torch.maximum(top, logit.amax(-1))
+        base = torch.where(new_top.isinf(), 0.0, new_top)
+        p = (logit - base[..., None]).exp()
+        keep = (top - base).exp()
+        split = p[..., None, :] * chosen  # [b, q, h, M, n]
+        total = total * keep + p.sum(-1)
+        weight = weight * keep[..., None] + split.sum(-1)
+        latent = latent * keep[..., None, None] + torch.einsum("bqhmn,bnr->bqhmr", split, v)
+        top = new_top
+    norm = torch.where(total > 0, total, 1.0)
+    return latent / norm[..., None, None], weight / norm[..., None], top + total.log()
+
+
+def _planes_by_owner(codec: LayerCodec, block_size: int) -> dict[tuple[int, Kind], list[Plane]]:
+    owners: dict[tuple[int, Kind], list[Plane]] = {}
+    for plane in codec.layout.planes(block_size):
+        owners.setdefault((plane.group, plane.kind), []).append(plane)
+    return owners
+
+
+def _plane_view(kv_cache: Tensor, plane: Plane, block_size: int) -> Tensor:
+    """uint8 view `[num_blocks, S, bytes per token]` of one plane of every block."""
+    stop = plane.offset + block_size * plane.bytes_per_token
+    return kv_cache[:, plane.offset : stop].unflatten(1, (block_size, plane.bytes_per_token))
