@@ -175,7 +175,7 @@ def _visual_item(chosen: list[PoolImage], turns: list[tuple[str, str]], kind: st
 
 
 def _recall_item(rng: random.Random, n: int, earlier: int) -> dict:
-    """`n` two-letter keys with two-digit values; `earlier` turns ask for other keys than the last."""
+    """`n` keys with two-digit values; the `earlier` turns leave out the last question's key."""
     last, *others = rng.sample([a + b for a in ascii_lowercase for b in ascii_lowercase], n)
     listed = rng.sample([last, *others], n)
     pairs = {key: f"{rng.randrange(100):02d}" for key in listed}

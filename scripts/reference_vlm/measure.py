@@ -1,0 +1,143 @@
+"""Dense accuracy of the reference model on an item file, through vLLM without any plugin."""
+
+import json
+import math
+import os
+import platform
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+
+MAX_MODEL_LEN = 2048
+MAX_IMAGES = 16
+
+
+def read_items(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def measure(folder: Path, name: str) -> dict:
+    """Score `folder`/`name`.jsonl with greedy bf16 decoding; exact match of the whole answer."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm import LLM, SamplingParams
+
+    items = read_items(folder / f"{name}.jsonl")
+    chats = [item for item in items if item["kind"] != "text"]
+    texts = [item["text"] for item in items if item["kind"] == "text"]
+    llm = LLM(
+        str(folder / "model"),
+        dtype="bfloat16",
+        max_model_len=MAX_MODEL_LEN,
+        enforce_eager=True,
+        limit_mm_per_prompt={"image": MAX_IMAGES, "video": 0},
+    )
+    answers = llm.chat(
+        [_with_images(item["messages"], folder) for item in chats],
+        SamplingParams(max_tokens=40, temperature=0),
+    )
+    scored = llm.generate(texts, SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0))
+    right = [a.outputs[0].text == item["answer"] for item, a in zip(chats, answers, strict=True)]
+    return {
+        "file": f"{name}.jsonl",
+        "settings": {
+            "dtype": "bfloat16",
+            "decoding": "greedy",
+            "score": "exact match of the whole answer",
+            "max_model_len": MAX_MODEL_LEN,
+        },
+        "machine": _machine(),
+        "items": len(items),
+        "prompt_tokens": _spread([len(a.prompt_token_ids) for a in answers]),
+        "overall": _rates({"all": list(range(len(chats)))}, right)["all"],
+        "by_modality": _rates(_group(chats, lambda i: i["modality"]), right),
+        "by_kind": _rates(_group(chats, lambda i: i["kind"]), right),
+        "by_cell": _rates(_group(chats, _cell), right),
+        "text": _text_loss(texts, scored),
+    }
+
+
+def _with_images(messages: list[dict], folder: Path) -> list[dict]:
+    """The messages with every image URL replaced by the loaded image."""
+    from PIL import Image
+
+    def load(part: dict) -> dict:
+        if part["type"] != "image_url":
+            return part
+        with Image.open(folder / part["image_url"]["url"]) as image:
+            return {"type": "image_pil", "image_pil": image.convert("RGB")}
+
+    first, *rest = messages
+    if isinstance(first["content"], str):
+        return messages
+    return [{"role": "user", "content": [load(part) for part in first["content"]]}, *rest]
+
+
+def _cell(item: dict) -> str:
+    first, *rest = item["messages"]
+    if item["kind"] == "recall":
+        size = f"{first['content'].count(':')} pairs"
+    else:
+        size = f"{sum(part['type'] == 'image_url' for part in first['content'])} images"
+    return f"{item['kind']}, {size}, {'dialogue' if rest else 'one turn'}"
+
+
+def _group(items: list[dict], key) -> dict[str, list[int]]:
+    groups = defaultdict(list)
+    for i, item in enumerate(items):
+        groups[key(item)].append(i)
+    return dict(sorted(groups.items()))
+
+
+def _rates(groups: dict[str, list[int]], right: list[bool]) -> dict[str, dict]:
+    found = {}
+    for name, members in groups.items():
+        hits = sum(right[i] for i in members)
+        found[name] = {
+            "items": len(members),
+            "right": hits,
+            "accuracy": round(hits / len(members), 4),
+        }
+    return found
+
+
+def _text_loss(texts: list[str], outputs: list) -> dict:
+    """Bits per byte over all tokens but each piece's first, which nothing predicts."""
+    nats = 0.0
+    for output in outputs:
+        for token, choices in zip(
+            output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True
+        ):
+            nats -= choices[token].logprob
+    size = sum(len(text.encode()) for text in texts)
+    return {
+        "items": len(texts),
+        "bytes": size,
+        "bits_per_byte": round(nats / size / math.log(2), 4),
+    }
+
+
+def _spread(lengths: list[int]) -> dict[str, int]:
+    return {"min": min(lengths), "median": sorted(lengths)[len(lengths) // 2], "max": max(lengths)}
+
+
+def _machine() -> dict[str, str]:
+    return {
+        "cpu": _cpu_model(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers")},
+        "vllm": _vllm_version(),
+    }
+
+
+def _vllm_version() -> str:
+    import vllm
+
+    return vllm.__version__
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
