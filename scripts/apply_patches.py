@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Apply the patches under patches/ to the packages installed beside this interpreter.
 
-Without arguments: the torchvision and torchaudio patches that make PyPI's CUDA builds importable beside
-a CPU build of torch. `--vllm` adds the vLLM patches, which only people who build vLLM need. A file given by name is applied alone. Nothing is changed twice, and a patch that names the
-import error which it cures (`Needed-if-import:`, `Needed-if-error:` above its diff) is applied only
-where that error occurs. Run it with the interpreter of the environment to be patched.
+Without arguments: the torchvision and torchaudio patches, which make PyPI's CUDA builds importable
+beside a CPU build of torch. `--vllm` adds the vLLM patches, for people who build vLLM. A file given
+by name is applied alone. Nothing is changed twice, and a patch that names the import error which it
+cures (`Needed-if-import:`, `Needed-if-error:` above its diff) is applied only where that error
+occurs. Run it with the interpreter of the environment to be patched.
 """
 
 from __future__ import annotations
@@ -56,6 +57,14 @@ def patches_for(package: str) -> list[Path]:
     return found
 
 
+def targets(file: Path) -> list[str]:
+    """Paths that the patch `file` changes, relative to site-packages."""
+    found = re.findall(r"^\+\+\+ b/(\S+/\S+)", file.read_text(), re.MULTILINE)
+    if not found:
+        raise PatchError(f"{file}: no '+++ b/<package>/...' line; expected a unified diff (-p1)")
+    return found
+
+
 @dataclass(frozen=True)
 class Patch:
     """One unified diff (`-p1`) and the directory that its paths are relative to."""
@@ -66,13 +75,11 @@ class Patch:
     @classmethod
     def for_installed(cls, file: Path) -> Patch:
         """Raise PatchError when the package that `file` changes is not installed."""
-        target = re.search(r"^\+\+\+ b/([^/\s]+)/", file.read_text(), re.MULTILINE)
-        if target is None:
-            raise PatchError(f"{file}: no '+++ b/<package>/...' line; expected a unified diff (-p1)")
-        spec = importlib.util.find_spec(target.group(1))
+        package = targets(file)[0].split("/")[0]
+        spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise PatchError(
-                f"{file.name}: {target.group(1)} is not installed for {sys.executable}; "
+                f"{file.name}: {package} is not installed for {sys.executable}; "
                 "run this script with the interpreter of the environment to be patched"
             )
         return cls(file.resolve(), Path(next(iter(spec.submodule_search_locations))).parent)
@@ -108,8 +115,9 @@ class Patch:
             f"{probe.stderr.strip()}\nThe patch does not cure this; repair the installation first"
         )
 
-    def apply(self) -> None:
-        result = self._run()
+    def apply(self, *, reverse: bool = False) -> None:
+        """Change the source, or undo the change; PatchError when a hunk does not fit."""
+        result = self._run(reverse=reverse)
         if result.returncode != 0:
             raise PatchError(f"{self.file.name}: {(result.stdout + result.stderr).strip()}")
 
@@ -118,7 +126,14 @@ class Patch:
     ) -> subprocess.CompletedProcess[str]:
         if program := shutil.which("patch"):
             # --fuzz=0: a hunk goes where its context is, or nowhere.
-            command = [program, "-p1", "--batch", "--fuzz=0", "--reject-file=-", "--no-backup-if-mismatch"]
+            command = [
+                program,
+                "-p1",
+                "--batch",
+                "--fuzz=0",
+                "--reject-file=-",
+                "--no-backup-if-mismatch",
+            ]
             command += ["--reverse", "--force"] if reverse else ["--forward"]
             command += ["--dry-run"] if dry_run else []
             command += ["-i", str(self.file)]
@@ -136,7 +151,7 @@ class Patch:
 
 
 def bring_up(patch: Patch, *, check: bool = False) -> str:
-    """Apply `patch` if it is needed and missing; with `check` change nothing. Says what was done."""
+    """Apply `patch` if needed and missing, with `check` change nothing; return what was done."""
     if patch.is_applied():
         return "already applied"
     if not patch.is_needed():
@@ -174,9 +189,18 @@ def selected(files: list[Path], *, vllm: bool) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("files", nargs="*", type=Path, help="patch files (default: those for torchvision, torchaudio)")
-    parser.add_argument("--vllm", action="store_true", help="also the patches of the installed vLLM")
-    parser.add_argument("--check", action="store_true", help="change nothing, say what would happen")
+    parser.add_argument(
+        "files",
+        nargs="*",
+        type=Path,
+        help="patch files (default: those for torchvision, torchaudio)",
+    )
+    parser.add_argument(
+        "--vllm", action="store_true", help="also the patches of the installed vLLM"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing, say what would happen"
+    )
     options = parser.parse_args(argv)
     try:
         chosen = selected(options.files, vllm=options.vllm)

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# All checks: style, types, tests without an engine, tests that start vLLM engines.
+#
+#   scripts/test.sh [--fast] [pytest arguments]      --fast leaves the engine tests out
+#
+# Every phase runs whatever became of the one before it; the exit status is 0 only if all passed. A
+# pytest phase that collects no test has failed.
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+
+fast=false
+pytest_args=()
+for argument in "$@"; do
+    if [ "$argument" = --fast ]; then fast=true; else pytest_args+=("$argument"); fi
+done
+
+bin=.venv/bin
+sources=(vllm_attentionpack tests scripts)
+summary=()
+failures=0
+
+phase() {
+    local name=$1 start=$SECONDS result=passed status=0
+    shift
+    printf '\n== %s\n' "$name"
+    "$@" || status=$?
+    if [ "$status" -ne 0 ]; then
+        result="FAILED (exit status $status)"
+        failures=$((failures + 1))
+    fi
+    summary+=("phase $name: $result in $((SECONDS - start)) s")
+    echo "${summary[-1]}"
+}
+
+phase "ruff check" "$bin/ruff" check "${sources[@]}"
+phase "ruff format" "$bin/ruff" format --check "${sources[@]}"
+phase "mypy" "$bin/mypy"
+phase "tests without engine" "$bin/python" -m pytest -m "not engine and not gpu" "${pytest_args[@]}"
+if ! $fast; then
+    phase "tests with engine" "$bin/python" -m pytest -m "engine and not gpu" "${pytest_args[@]}"
+fi
+
+printf '\n== summary\n'
+printf '%s\n' "${summary[@]}"
+[ "$failures" -eq 0 ]
