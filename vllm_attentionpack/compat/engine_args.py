@@ -1,0 +1,50 @@
+"""The start-up check in the main process.
+
+Symptom: a wrong pack shows up in a worker's traceback, after the model was loaded.
+Cause: vLLM calls no plugin between the finished configuration and the start of its processes.
+    `Platform.check_and_update_config` runs earlier (block size and cache dtype are not final) and
+    inside pydantic, which wraps an error into a dump of all arguments.
+Remove when: vLLM lets a backend validate the finished `VllmConfig`.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from vllm_attentionpack.compat.features import check_features
+from vllm_attentionpack.compat.wrap import wrap_method
+
+
+def install() -> None:
+    """Checks each finished configuration that selects the compacting backend. Idempotent.
+
+    Worker processes never load the module of `EngineArgs`, and need no check: they get a
+    configuration that passed it. Where it is loaded later (a process that loads plugins by hand),
+    the checks at model construction remain.
+    """
+    module = sys.modules.get("vllm.engine.arg_utils")
+    engine_args = getattr(module, "EngineArgs", None)
+    if engine_args is not None:
+        wrap_method(engine_args, "create_engine_config", _make)
+
+
+def _make(original: Callable[..., Any]) -> Callable[..., Any]:
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        vllm_config = original(self, *args, **kwargs)
+        from vllm_attentionpack.plugin import BACKEND
+
+        if BACKEND in selected_backends(vllm_config):
+            check_features()
+            from vllm_attentionpack.attention import preflight
+
+            preflight.check(vllm_config)
+        return vllm_config
+
+    return create_engine_config
+
+
+def selected_backends(vllm_config: Any) -> set[str]:
+    """Names of all attention backends that a configuration asks for."""
+    attention = vllm_config.attention_config
+    chosen = [attention.backend, *attention.backend_per_kind.values()]
+    return {backend.name for backend in chosen if backend is not None}
