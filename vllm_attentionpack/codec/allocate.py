@@ -84,14 +84,14 @@ def unit_curve(variance: np.ndarray) -> UnitCurve:
 
 
 def fill(curves: Sequence[UnitCurve], weights: Sequence[float], quanta: int) -> list[int]:
-    """Spends `quanta` over units; returns the quanta of each.
+    """Spends `quanta` over units; returns the quanta of each, at least one: no rank is zero.
 
     Args:
         curves: one per unit.
         weights: what a unit of each unit's distortion costs.
-        quanta: total to spend, at most the sum of `max_quanta` (the rest is left unspent).
+        quanta: total to spend, at least one per unit; what exceeds the sum of `max_quanta` is left.
     """
-    spent = [0] * len(curves)
+    spent = [1] * len(curves)
     heap: list[tuple[float, int, int]] = []
 
     def push(unit: int, room: int) -> None:
@@ -100,7 +100,7 @@ def fill(curves: Sequence[UnitCurve], weights: Sequence[float], quanta: int) -> 
             gain = curves[unit].distortion[spent[unit]] - curves[unit].distortion[spent[unit] + step]
             heapq.heappush(heap, (-weights[unit] * gain / step, unit, step))
 
-    left = quanta
+    left = quanta - len(curves)
     for unit in range(len(curves)):
         push(unit, left)
     while heap and left > 0:

@@ -1,0 +1,70 @@
+"""Byte arithmetic: no overlap, no gap, every byte counted."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_attentionpack.codec.layout import (
+    GroupLayout,
+    LayerLayout,
+    PlaneCounts,
+    compression_ratio,
+)
+
+counts = st.builds(
+    PlaneCounts,
+    n8=st.integers(0, 7).map(lambda n: 4 * n),
+    n4=st.integers(0, 4).map(lambda n: 8 * n),
+    n2=st.integers(0, 4).map(lambda n: 16 * n),
+)
+groups = st.lists(st.builds(GroupLayout, counts, counts), min_size=1, max_size=5).map(tuple)
+
+
+@given(groups, st.sampled_from([16, 32, 48, 128]), st.integers(0, 7))
+def test_planes_tile_the_block_without_overlap_or_gap(groups, block_size, padding):
+    content = sum(group.bytes_per_token for group in groups)
+    layout = LayerLayout(groups, 2, 64, content + padding)
+    offset = 0
+    for plane in layout.planes(block_size):
+        assert plane.offset == offset
+        assert plane.offset % 16 == 0
+        assert plane.bytes_per_token == (plane.bits * plane.dims // 8 if plane.bits else 1)
+        offset += plane.bytes_per_token * block_size
+    assert offset == block_size * content
+    assert layout.block_bytes(block_size) == offset + padding * block_size
+    coded = sum(p.dims for p in layout.planes(block_size) if p.bits)
+    assert coded == sum(g.key.rank + g.value.rank for g in groups)
+
+
+def test_ratio_counts_scales_and_padding():
+    group = GroupLayout(PlaneCounts(n8=16, n4=16), PlaneCounts(n4=32, n2=16))
+    assert group.bytes_per_token == (16 + 8) + (16 + 4) + 2
+    layout = LayerLayout((group,), 2, 64, group.bytes_per_token + 18)
+    assert layout.dense_bytes_per_token == 2 * 2 * 64 * 2
+    assert layout.compression_ratio == 512 / 64
+    other = LayerLayout((group,), 2, 64, 128)
+    assert compression_ratio([layout, other]) == 1024 / 192
+
+
+@pytest.mark.parametrize("arguments", [{"n8": 3}, {"n4": 4}, {"n2": 8}, {"n8": -4}])
+def test_planes_that_are_not_whole_words_are_refused(arguments):
+    with pytest.raises(ValueError, match="multiple of"):
+        PlaneCounts(**arguments)
+
+
+def test_sixteen_bit_planes_stand_alone():
+    with pytest.raises(ValueError, match="mixed"):
+        PlaneCounts(n16=16, n8=4)
+
+
+def test_size_below_the_content_is_refused():
+    group = GroupLayout(PlaneCounts(n8=16), PlaneCounts(n8=16))
+    with pytest.raises(ValueError, match="cannot hold"):
+        LayerLayout((group,), 1, 64, group.bytes_per_token - 1)
+
+
+@pytest.mark.parametrize("block_size", [0, -16, 8, 24])
+def test_block_sizes_that_break_alignment_are_refused(block_size):
+    group = GroupLayout(PlaneCounts(n8=16), PlaneCounts(n8=16))
+    with pytest.raises(ValueError, match="multiple of 16"):
+        LayerLayout((group,), 1, 64, group.bytes_per_token).block_bytes(block_size)

@@ -1,0 +1,136 @@
+"""Bases: what they keep, what an error costs, what a constant does not."""
+
+import pytest
+import torch
+
+from tests.support.cases import fitted_basis, gaussian
+from vllm_attentionpack.codec.codec import PlaneCodec
+from vllm_attentionpack.codec.layout import PlaneCounts
+from vllm_attentionpack.codec.positions import Rotary, average_over_positions
+from vllm_attentionpack.codec.quantize import step_and_distortion
+from vllm_attentionpack.codec.transform import principal_basis
+
+TOKENS, DIMS = 4000, 64
+
+
+def moments(data):
+    return data.mT @ data / data.shape[-2], data.mean(-2)
+
+
+def spd(dims, generator):
+    a = torch.randn(dims, dims, generator=generator, dtype=torch.float64)
+    return a @ a.T / dims + 0.05 * torch.eye(dims, dtype=torch.float64)
+
+
+def test_full_rank_at_eight_bits_reconstructs_to_quantisation_error():
+    data = gaussian(TOKENS, DIMS, 0.1, torch.Generator().manual_seed(0))
+    basis = fitted_basis(data[None], PlaneCounts(n8=DIMS), heads=2)
+    codec = PlaneCodec(basis, PlaneCounts(n8=DIMS))
+    codes, scale = codec.encode(data, None)
+    back = codec.reconstruct(codes, scale, torch.zeros(TOKENS, dtype=torch.bool))
+    error = (back.double() - data).square().sum() / data.square().sum()
+    assert error.item() < 2 * step_and_distortion(8)[1]
+
+
+@pytest.mark.parametrize(
+    "counts", [PlaneCounts(n2=64), PlaneCounts(n8=8, n4=16, n2=32), PlaneCounts(n4=32)]
+)
+def test_measured_distortion_is_what_the_spectrum_predicts(counts):
+    """`sum variance_i * d(bits_i)`, in the metric; per-token scales gain or lose a little."""
+    generator = torch.Generator().manual_seed(1)
+    data = gaussian(TOKENS, DIMS, 0.08, generator)
+    metric = torch.stack([spd(DIMS // 2, generator) for _ in range(2)])
+    second, mean = moments(data[None])
+    principal = principal_basis(second, mean, torch.tensor([TOKENS]), metric, 1e-9)
+    distortion = torch.tensor(
+        [step_and_distortion(b)[1] for b in counts.bits_per_dim] + [1.0] * (DIMS - counts.rank)
+    )
+    predicted = (principal.spectrum * distortion).sum().item()
+
+    codec = PlaneCodec(principal.truncate(counts), counts)
+    codes, scale = codec.encode(data, None)
+    error = codec.reconstruct(codes, scale, torch.zeros(TOKENS, dtype=torch.bool)).double() - data
+    halves = error.unflatten(1, (2, -1))
+    measured = torch.einsum("thi,hij,thj->t", halves, metric, halves).mean().item()
+    assert 0.75 * predicted < measured < 1.25 * predicted
+
+
+def test_planted_low_rank_is_found():
+    generator = torch.Generator().manual_seed(2)
+    factor = torch.randn(12, DIMS, generator=generator, dtype=torch.float64)
+    data = torch.randn(TOKENS, 12, generator=generator, dtype=torch.float64) @ factor
+    second, mean = moments(data[None])
+    metric = torch.eye(DIMS // 2, dtype=torch.float64).expand(2, -1, -1)
+    principal = principal_basis(second, mean, torch.tensor([TOKENS]), metric, 1e-9)
+    spectrum = principal.spectrum
+    assert spectrum[:12].sum() / spectrum.sum() > 1 - 1e-9
+
+
+def test_encode_and_decode_are_inverse_at_full_rank():
+    generator = torch.Generator().manual_seed(3)
+    data = gaussian(TOKENS, DIMS, 0.1, generator)
+    second, mean = moments(data[None])
+    metric = torch.stack([spd(DIMS // 2, generator) for _ in range(2)])
+    principal = principal_basis(second, mean, torch.tensor([TOKENS]), metric, 1e-3)
+    product = principal.encode[0] @ principal.decode[0]
+    assert torch.allclose(product, torch.eye(DIMS, dtype=torch.float64), atol=1e-8)
+
+
+def test_metric_moves_precision_to_what_queries_read():
+    """With one direction read a hundred times more, its error must shrink against the rest."""
+    generator = torch.Generator().manual_seed(4)
+    data = torch.randn(TOKENS, 32, generator=generator, dtype=torch.float64)
+    second, mean = moments(data[None])
+    count = torch.tensor([TOKENS])
+    plain = torch.eye(32, dtype=torch.float64)[None]
+    weighted = plain.clone()
+    weighted[0, 5, 5] = 100.0
+    counts = PlaneCounts(n8=4, n2=16)
+    errors = []
+    for metric in (plain, weighted):
+        codec = PlaneCodec(principal_basis(second, mean, count, metric, 1e-9).truncate(counts), counts)
+        codes, scale = codec.encode(data, None)
+        back = codec.reconstruct(codes, scale, torch.zeros(TOKENS, dtype=torch.bool))
+        errors.append((back.double() - data)[:, 5].square().mean().item())
+    assert errors[1] < 0.05 * errors[0]
+
+
+def test_scarce_modality_leans_on_the_pooled_covariance():
+    generator = torch.Generator().manual_seed(5)
+    many, few = gaussian(TOKENS, DIMS, 0.1, generator), gaussian(3, DIMS, 0.1, generator)
+    moments_of = [moments(many), moments(few)]
+    second = torch.stack([m[0] for m in moments_of])
+    mean = torch.stack([m[1] for m in moments_of])
+    metric = torch.eye(DIMS, dtype=torch.float64)[None]
+    principal = principal_basis(second, mean, torch.tensor([TOKENS, 3]), metric, 1e-3)
+    assert torch.isfinite(principal.encode).all()
+    assert principal.variance[1].gt(0).sum() == DIMS  # three tokens alone would span two dims
+    assert principal.share.tolist() == pytest.approx([TOKENS / (TOKENS + 3), 3 / (TOKENS + 3)])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary_dims", [20, 12])
+def test_position_average_equals_turning_every_token(interleaved, rotary_dims):
+    generator = torch.Generator().manual_seed(6)
+    planes = rotary_dims // 2
+    rotary = Rotary(0.7 ** torch.arange(planes, dtype=torch.float64), interleaved)
+    x = torch.randn(30, 2, 20, generator=generator)
+    positions = 41
+    turned = torch.cat([rotary.turn(x, torch.full((30,), n)) for n in range(positions)]).flatten(1)
+    direct_second, direct_mean = moments(turned.double())
+    second, mean = moments(x.flatten(1).double())
+    averaged = average_over_positions(second, mean, rotary, positions, 20)
+    assert torch.allclose(averaged[0], direct_second, atol=1e-6)
+    assert torch.allclose(averaged[1], direct_mean, atol=1e-6)
+
+
+def test_turning_back_undoes_turning():
+    rotary = Rotary(0.5 ** torch.arange(8, dtype=torch.float64))
+    x = torch.randn(10, 3, 16, generator=torch.Generator().manual_seed(7))
+    position = torch.arange(10) * 100
+    assert torch.allclose(rotary.turn(rotary.turn(x, position), -position), x, atol=1e-5)
+
+
+def test_no_rotary_changes_nothing():
+    second, mean = moments(gaussian(100, 16, 0.1, torch.Generator().manual_seed(8)))
+    assert average_over_positions(second, mean, None, 1000, 16) == (second, mean)

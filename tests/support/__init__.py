@@ -1,0 +1,1 @@
+"""Shared by the tests: random codecs, a dense oracle, comparison."""

@@ -1,0 +1,61 @@
+"""Random but well-formed codecs and batches."""
+
+import torch
+from torch import Tensor
+
+from vllm_attentionpack.codec.codec import Basis, LayerCodec
+from vllm_attentionpack.codec.layout import KINDS, GroupLayout, Kind, LayerLayout, PlaneCounts
+from vllm_attentionpack.codec.transform import principal_basis
+
+
+def gaussian(tokens: int, dims: int, decay: float, generator: torch.Generator) -> Tensor:
+    """float64 `[tokens, dims]` Gaussian data whose variances fall as `exp(-decay * i)`, turned."""
+    scale = torch.exp(-decay * torch.arange(dims, dtype=torch.float64) / 2)
+    turn, _ = torch.linalg.qr(torch.randn(dims, dims, generator=generator, dtype=torch.float64))
+    return (torch.randn(tokens, dims, generator=generator, dtype=torch.float64) * scale) @ turn
+
+
+def fitted_basis(
+    data: Tensor, counts: PlaneCounts, heads: int, regularization: float = 1e-9
+) -> Basis:
+    """The basis of `data` `[M, T, GD]` under the identity metric."""
+    dims = data.shape[-1] // heads
+    metric = torch.eye(dims, dtype=torch.float64).expand(heads, dims, dims)
+    second = data.mT @ data / data.shape[1]
+    count = torch.full((data.shape[0],), data.shape[1])
+    basis = principal_basis(second, data.mean(1), count, metric, regularization)
+    return basis.truncate(counts)
+
+
+def random_codec(
+    num_kv_heads: int,
+    heads_per_group: int,
+    head_size: int,
+    modalities: int = 2,
+    key: PlaneCounts | None = None,
+    value: PlaneCounts | None = None,
+    padding: int = 0,
+    seed: int = 0,
+) -> LayerCodec:
+    """A codec fitted to random data, with different K and V planes unless given."""
+    generator = torch.Generator().manual_seed(seed)
+    dims = heads_per_group * head_size
+    key = key or PlaneCounts(n8=8, n4=8, n2=16)
+    value = value or PlaneCounts(n8=4, n4=16, n2=0)
+    bases: list[dict[Kind, Basis]] = []
+    for _ in range(num_kv_heads // heads_per_group):
+        bases.append(
+            {
+                kind: fitted_basis(
+                    torch.stack(
+                        [gaussian(4 * dims, dims, 0.05, generator) for _ in range(modalities)]
+                    ),
+                    counts,
+                    heads_per_group,
+                )
+                for kind, counts in zip(KINDS, (key, value), strict=True)
+            }
+        )
+    groups = tuple(GroupLayout(key, value) for _ in bases)
+    size = sum(group.bytes_per_token for group in groups) + padding
+    return LayerCodec(LayerLayout(groups, heads_per_group, head_size, size), bases)

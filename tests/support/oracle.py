@@ -1,0 +1,47 @@
+"""Dense attention, one query at a time in float64: slow and plainly right."""
+
+import torch
+from torch import Tensor
+
+from tests.support.paging import PagedBatch
+from vllm_attentionpack.codec.codec import LayerCodec
+from vllm_attentionpack.codec.layout import Kind
+
+
+def reconstruct(codec: LayerCodec, kind: Kind, x: Tensor, visual: Tensor) -> Tensor:
+    """What the codes of `x` `[T, Hk, D]` stand for."""
+    parts = []
+    for group, heads in codec.group_heads():
+        part = getattr(group, kind)
+        codes, scale = part.encode(x[:, heads].flatten(1), visual)
+        parts.append(part.reconstruct(codes, scale, visual).unflatten(1, (-1, x.shape[-1])))
+    return torch.cat(parts, dim=1)
+
+
+def attend(
+    codec: LayerCodec, batch: PagedBatch, scale: float, exact_fresh: bool
+) -> tuple[Tensor, Tensor]:
+    """Output `[T, Hq, D]` and log-sum-exp `[T, Hq]` in float64.
+
+    With `exact_fresh` the new tokens of a request are taken as they are, otherwise as their codes.
+    """
+    outputs, lses = [], []
+    token = 0
+    for row, (context, fresh) in enumerate(zip(batch.contexts, batch.fresh, strict=True)):
+        key, value = (
+            reconstruct(codec, kind, x[row], batch.visual[row])
+            for kind, x in (("key", batch.key), ("value", batch.value))
+        )
+        if exact_fresh:
+            key = torch.cat([key[:context], batch.key[row][context:]])
+            value = torch.cat([value[:context], batch.value[row][context:]])
+        repeats = batch.query.shape[1] // key.shape[1]
+        key, value = (x.double().repeat_interleave(repeats, 1) for x in (key, value))
+        for i in range(fresh):
+            seen = context + i + 1
+            query = batch.query[token].double()
+            logits = torch.einsum("hd,nhd->hn", query, key[:seen]) * scale
+            outputs.append(torch.einsum("hn,nhd->hd", logits.softmax(-1), value[:seen]))
+            lses.append(logits.logsumexp(-1))
+            token += 1
+    return torch.stack(outputs), torch.stack(lses)
