@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Measure the reference model's dense accuracy through vLLM and store it as JSON."""
+"""Measure the reference model's dense accuracy through vLLM; store it as JSON and in its card."""
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
-from reference_vlm.measure import measure
+from reference_vlm.measure import measure, table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,10 +19,16 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "docs" / "results" / "reference_vlm_dense.json"
     )
+    parser.add_argument("--card", type=Path, help="model card whose table is replaced")
     options = parser.parse_args()
     result = measure(options.folder, options.items)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
+    if options.card:
+        shown = f"<!-- measured -->\n{table(result)}\n<!-- end -->"
+        card = options.card.read_text()
+        card = re.sub(r"<!-- measured -->.*<!-- end -->", lambda _: shown, card, flags=re.DOTALL)
+        options.card.write_text(card)
     print(json.dumps({"overall": result["overall"], "by_kind": result["by_kind"]}))
     return 0
 

@@ -20,6 +20,7 @@ def measure(folder: Path, name: str) -> dict:
     """Score `folder`/`name`.jsonl with greedy bf16 decoding; exact match of the whole answer."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ["VLLM_PLUGINS"] = ""  # none: an installed plugin could change the cache
     from vllm import LLM, SamplingParams
 
     items = read_items(folder / f"{name}.jsonl")
@@ -55,6 +56,19 @@ def measure(folder: Path, name: str) -> dict:
         "by_cell": _rates(_group(chats, _cell), right),
         "text": _text_loss(texts, scored),
     }
+
+
+def table(result: dict) -> str:
+    """The measurement as a Markdown table."""
+    rows = {**result["by_kind"], "all with an answer": result["overall"]}
+    lines = ["| kind | items | right | accuracy |", "|---|---|---|---|"]
+    for kind, cell in rows.items():
+        lines.append(f"| {kind} | {cell['items']} | {cell['right']} | {cell['accuracy']:.3f} |")
+    text = result["text"]
+    lines.append(f"| text | {text['items']} | | {text['bits_per_byte']:.2f} bits per byte |")
+    machine = result["machine"]
+    lines += ["", f"Measured with vLLM {machine['vllm']}, torch {machine['torch']}, bf16, greedy."]
+    return "\n".join(lines)
 
 
 def _with_images(messages: list[dict], folder: Path) -> list[dict]:

@@ -1,0 +1,182 @@
+"""The reference model's item files: complete, disjoint, in the training wording, reproducible."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+
+from PIL import Image
+from reference_vlm import dataset, measure, verify
+from reference_vlm.tokenizer import build_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "examples" / "reference-vlm"
+SPLITS = {split.name: split for split in dataset.SPLITS}
+ITEMS = {name: measure.read_items(FOLDER / f"{name}.jsonl") for name in SPLITS}
+
+each_split = pytest.mark.parametrize("name", SPLITS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return PreTrainedTokenizerFast.from_pretrained(FOLDER / "model")
+
+
+def image_urls(item: dict) -> list[str]:
+    if item["kind"] == "text" or isinstance(item["messages"][0]["content"], str):
+        return []
+    content = item["messages"][0]["content"]
+    return [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_heldout_is_large_enough_and_has_every_kind():
+    heldout = ITEMS["heldout"]
+    assert len(heldout) >= 260
+    kinds = [item["kind"] for item in heldout]
+    assert {k: kinds.count(k) >= 25 for k in set(kinds)} == dict.fromkeys(
+        ("digit", "color", "shape", "list", "recall", "text"), True
+    )
+    assert sum(item["modality"] == "visual" for item in heldout) / len(heldout) > 0.55
+    dialogues = [i for i in heldout if i["modality"] == "visual" and len(i["messages"]) > 1]
+    assert len(dialogues) == 40
+    assert {len(i["messages"]) for i in dialogues} == {5, 7, 9}
+
+
+@each_split
+def test_answers_and_texts_are_not_empty(name):
+    for item in ITEMS[name]:
+        if item["kind"] == "text":
+            assert item.keys() == {"text", "kind", "modality"}
+            assert 400 <= len(item["text"]) <= 1000
+        else:
+            assert item.keys() == {"messages", "answer", "kind", "modality"}
+            assert item["answer"].strip()
+
+
+@each_split
+def test_images_exist_and_have_one_size_per_item(name):
+    pool = (FOLDER / "images" / name).glob("*.png")
+    sizes = {path: pixels(path).shape[:2] for path in pool}
+    used = set()
+    for item in ITEMS[name]:
+        paths = [FOLDER / url for url in image_urls(item)]
+        assert bool(paths) == (item["modality"] == "visual")
+        assert len(set(paths)) == len(paths)
+        assert len({sizes[path] for path in paths}) <= 1
+        used.update(paths)
+    assert len(used) >= 0.95 * len(sizes)
+
+
+def test_no_image_is_in_both_pools():
+    seen = {
+        name: {
+            hashlib.sha256(pixels(path).tobytes()).digest()
+            for path in (FOLDER / "images" / name).glob("*.png")
+        }
+        for name in SPLITS
+    }
+    assert len(seen["calibrate"]) == len(seen["heldout"]) == 100
+    assert not seen["calibrate"] & seen["heldout"]
+
+
+def test_no_item_is_in_both_files_or_twice_in_one():
+    lines = [json.dumps(item.get("messages", item)) for items in ITEMS.values() for item in items]
+    assert len(set(lines)) == len(lines)
+
+
+@each_split
+def test_template_renders_the_training_wording(name, tokenizer):
+    for item in ITEMS[name]:
+        verify.check_item(item, tokenizer)
+
+
+def test_training_wording_literally(tokenizer):
+    def parts(*urls_and_texts):
+        return [
+            {"type": "image_url", "image_url": {"url": x}}
+            if x.endswith(".png")
+            else {"type": "text", "text": x}
+            for x in urls_and_texts
+        ]
+
+    item = {
+        "messages": [
+            {
+                "role": "user",
+                "content": parts(
+                    "Image 1:", "a.png", "\nImage 2:", "b.png", "\nWhat digit is in image 2?"
+                ),
+            },
+            {"role": "assistant", "content": "7"},
+            {"role": "user", "content": "List the colors."},
+        ],
+        "answer": "red blue",
+        "kind": "list",
+    }
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert verify.training_prompt(item) == (
+        f"<|im_start|>user\nImage 1:{image}\nImage 2:{image}\nWhat digit is in image 2?<|im_end|>\n"
+        "<|im_start|>assistant\n7<|im_end|>\n"
+        "<|im_start|>user\nList the colors.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    verify.check_item(item, tokenizer)
+    item["messages"][0]["content"][0]["text"] = "Picture 1:"
+    with pytest.raises(ValueError, match="Picture 1"):
+        verify.check_item(item, tokenizer)
+
+
+@each_split
+def test_items_are_reproducible(name):
+    text = (FOLDER / "text" / SPLITS[name].text_source).read_text()
+    assert dataset.make_items(SPLITS[name], text) == ITEMS[name]
+
+
+@each_split
+def test_images_are_reproducible(name):
+    split = SPLITS[name]
+    for url, fresh in dataset.render_pool(split, dataset.make_pool(split)):
+        stored = pixels(FOLDER / url)
+        assert fresh.shape == stored.shape
+        # Other CPUs may round a pixel on an edge or on a noise level to the other side.
+        assert np.mean(fresh.numpy() != stored) < 1e-3, url
+
+
+def test_writing_a_split_gives_the_stored_file(tmp_path):
+    small = {"attribute": 3, "listing": 1, "visual_turns": 1, "recall": 2, "recall_turns": 1}
+    split = dataset.Split("tiny", 5, **small, text=2, text_source="t.txt")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "t.txt").write_text("word " * 50)
+    items = dataset.write_split(split, tmp_path)
+    assert len(items) == 10
+    assert measure.read_items(tmp_path / "tiny.jsonl") == items
+    assert all((tmp_path / url).is_file() for item in items for url in image_urls(item))
+    assert "".join(sorted(i["text"] for i in items if i["kind"] == "text")).count("word") == 50
+
+
+def test_model_folder_has_the_training_tokenizer(tokenizer):
+    built = build_tokenizer()
+    assert built.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert built.chat_template == tokenizer.chat_template
+
+
+def test_model_card_shows_the_stored_measurement():
+    result = json.loads((ROOT / "docs" / "results" / "reference_vlm_dense.json").read_text())
+    assert measure.table(result) in (FOLDER / "README.md").read_text()
+    assert 0.85 <= result["overall"]["accuracy"] <= 0.97
+    assert result["items"] == len(ITEMS["heldout"])
+
+
+def test_files_stay_small():
+    sizes = [path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()]
+    assert max(sizes) < 10e6
+    assert sum(sizes) < 12e6
