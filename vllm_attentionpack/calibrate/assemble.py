@@ -1,0 +1,243 @@
+"""From the moments of all layers to ranks, bits and bases. Plain PyTorch: needs no engine.
+
+An error `e` in the logits of query head `j` moves the layer's output by about `e² tr(Mⱼ Cov_v)`
+(`Mⱼ` the Gram matrix of the head's slice of the output projection, `Cov_v` the covariance of the
+values that it mixes), and an error in a value by `eᵀ Mⱼ e`, both times the same square of the
+softmax weight. Hence the metrics, in one unit, summed over the query heads that read KV head `h`::
+
+    keys    sum_j scale² Cqⱼ tr(Mⱼ Cov_v,h)
+    values  sum_j Mⱼ
+
+Layers are compared by distortion over the energy of their own output,
+`sum_j tr(Mⱼ E[v vᵀ])`: a layer that writes little into the residual stream is not starved for it,
+nor one that writes much fed for it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vllm_attentionpack.calibrate.moments import LayerMoments
+from vllm_attentionpack.codec.allocate import UnitCurve, allocate, unit_curve
+from vllm_attentionpack.codec.codec import Basis
+from vllm_attentionpack.codec.layout import (
+    DENSE_BYTES,
+    KINDS,
+    PLANE_QUANTUM,
+    SCALE_BYTES,
+    Kind,
+    PlaneCounts,
+)
+from vllm_attentionpack.codec.transform import PrincipalBasis, principal_basis
+from vllm_attentionpack.errors import BudgetError, ConfigError
+from vllm_attentionpack.packfile.schema import GroupHeader, LayerHeader, LayerPack, PlaneHeader
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What calibration knows of one layer.
+
+    Attributes:
+        name: vLLM's name of the attention layer.
+        scale: what logits are multiplied by.
+        moments: see `LayerMoments`.
+        gram: float64 `[Hq, D, D]`, `Mⱼ = Wⱼ Wⱼᵀ` of the rows `Wⱼ` `[D, hidden]` of the output
+            projection that query head `j` feeds.
+    """
+
+    name: str
+    scale: float
+    moments: LayerMoments
+    gram: Tensor
+
+    @property
+    def head_size(self) -> int:
+        return self.gram.shape[-1]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The bytes per token that a model of given shape can be stored in."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    heads_per_group: int
+
+    @property
+    def num_groups(self) -> int:
+        return self.num_kv_heads // self.heads_per_group
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes per token and layer that are not codes."""
+        return self.num_groups * len(KINDS) * SCALE_BYTES
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes per token of the whole model in bfloat16."""
+        return self.num_layers * self.num_kv_heads * len(KINDS) * self.head_size * DENSE_BYTES
+
+    def ratio_range(self) -> tuple[float, float]:
+        """The smallest ratio (every dim at 8 bits) and the largest (one quantum per K and V)."""
+        units = self.num_groups * len(KINDS)
+        most = units * self.heads_per_group * self.head_size + self.fixed_bytes
+        least = units * PLANE_QUANTUM + self.fixed_bytes
+        return (
+            self.dense_bytes / (self.num_layers * most),
+            self.dense_bytes / (self.num_layers * least),
+        )
+
+    def bytes_per_token(self, ratio: float) -> float:
+        """The budget at `ratio`; raises `BudgetError` when it cannot be met."""
+        smallest, largest = self.ratio_range()
+        if not smallest <= ratio <= largest:
+            raise BudgetError(
+                f"a compression ratio of {ratio:g} cannot be met: with {self.num_kv_heads} KV "
+                f"heads of {self.head_size} in groups of {self.heads_per_group}, the smallest "
+                f"ratio is {_round_up(smallest)} (all at 8 bits) and the largest is "
+                f"{_round_down(largest)}. Choose a --ratio between them"
+                + (", or a larger --group-size." if ratio > largest else ".")
+            )
+        return self.dense_bytes / ratio
+
+
+def _round_up(ratio: float) -> str:
+    return f"{-(-ratio * 100 // 1) / 100:.2f}"
+
+
+def _round_down(ratio: float) -> str:
+    return f"{ratio * 100 // 1 / 100:.2f}"
+
+
+def assemble(
+    layers: Sequence[LayerStatistics],
+    *,
+    ratio: float,
+    heads_per_group: int,
+    regularization: float,
+    layer_weights: Sequence[float] | None = None,
+) -> tuple[tuple[LayerHeader, ...], list[LayerPack]]:
+    """Chooses bases, ranks and bits.
+
+    Args:
+        layers: in the order of the model.
+        ratio: dense bfloat16 bytes over stored bytes, scales and padding counted; met or exceeded.
+        heads_per_group: `G`, as the moments were gathered.
+        regularization: see `codec.transform.principal_basis`.
+        layer_weights: the price of each layer's relative distortion; all alike by default.
+
+    Raises:
+        BudgetError: the ratio cannot be met.
+        ConfigError: not one positive weight per layer.
+    """
+    num_layers = len(layers)
+    groups = layers[0].moments.key.mean.shape[1]
+    budget = Budget(num_layers, groups * heads_per_group, layers[0].head_size, heads_per_group)
+    bytes_per_token = budget.bytes_per_token(ratio)
+    prices = list(layer_weights) if layer_weights is not None else [1.0] * num_layers
+    if len(prices) != num_layers or min(prices) <= 0:
+        raise ConfigError(
+            f"layer weights are {prices}; expected {num_layers} positive numbers, one per layer."
+        )
+    bases = [layer_bases(layer, heads_per_group, regularization) for layer in layers]
+    curves: list[list[UnitCurve]] = [
+        [unit_curve(group[kind].spectrum.numpy()) for group in of_layer for kind in KINDS]
+        for of_layer in bases
+    ]
+    weights = [price / output_energy(layer) for price, layer in zip(prices, layers, strict=True)]
+    chosen = allocate(curves, weights, bytes_per_token, [budget.fixed_bytes] * num_layers)
+    headers, packs = [], []
+    for layer, of_layer, (counts, size) in zip(layers, bases, chosen, strict=True):
+        header, pack = _layer(layer.name, of_layer, counts, size)
+        headers.append(header)
+        packs.append(pack)
+    return tuple(headers), packs
+
+
+def layer_bases(
+    layer: LayerStatistics, heads_per_group: int, regularization: float
+) -> list[dict[Kind, PrincipalBasis]]:
+    """The key and value bases of every head group of one layer."""
+    metrics = {"key": key_metric(layer), "value": value_metric(layer)}
+    result = []
+    for g in range(layer.moments.key.mean.shape[1]):
+        heads = slice(g * heads_per_group, (g + 1) * heads_per_group)
+        group: dict[Kind, PrincipalBasis] = {}
+        for kind in KINDS:
+            moments = getattr(layer.moments, kind)
+            basis = principal_basis(
+                moments.second[:, g],
+                moments.mean[:, g],
+                layer.moments.count,
+                metrics[kind][heads],
+                regularization,
+            )
+            # A pack stores float32; holding every basis of a large model twice as wide until ranks
+            # are known would double the peak of memory.
+            group[kind] = replace(basis, encode=basis.encode.float(), decode=basis.decode.float())
+        result.append(group)
+    return result
+
+
+def value_metric(layer: LayerStatistics) -> Tensor:
+    """float64 `[Hk, D, D]`: what an error in a value costs in the layer's output."""
+    return _by_kv_head(layer.gram, layer).sum(1)
+
+
+def key_metric(layer: LayerStatistics) -> Tensor:
+    """float64 `[Hk, D, D]`: what an error in a key costs in the layer's output."""
+    second, mean = _value_moments(layer)
+    covariance = second - mean[:, :, None] * mean[:, None, :]
+    gram = _by_kv_head(layer.gram, layer)
+    price = torch.einsum("hjab,hab->hj", gram, covariance).clamp_min(0) * layer.scale**2
+    return torch.einsum("hj,hjab->hab", price, _by_kv_head(layer.moments.query, layer))
+
+
+def output_energy(layer: LayerStatistics) -> float:
+    """Mean squared length of what values add to the layer's output, at softmax weight one."""
+    second, _ = _value_moments(layer)
+    energy = torch.einsum("hjab,hab->", _by_kv_head(layer.gram, layer), second)
+    return max(float(energy), torch.finfo(torch.float32).tiny)
+
+
+def _value_moments(layer: LayerStatistics) -> tuple[Tensor, Tensor]:
+    """Second moment `[Hk, D, D]` and mean `[Hk, D]` of each head's values over all modalities."""
+    share = layer.moments.count.double() / layer.moments.count.sum()
+    second = torch.einsum("m,mnab->nab", share, layer.moments.value.second)
+    mean = torch.einsum("m,mna->na", share, layer.moments.value.mean)
+    size = layer.head_size
+    heads_per_group = second.shape[-1] // size
+    blocks = second.unflatten(1, (heads_per_group, size)).unflatten(3, (heads_per_group, size))
+    diagonal = blocks.diagonal(dim1=1, dim2=3)  # [n, D, D, G]
+    return diagonal.permute(0, 3, 1, 2).flatten(0, 1), mean.reshape(-1, size)
+
+
+def _by_kv_head(per_query_head: Tensor, layer: LayerStatistics) -> Tensor:
+    """`[Hq, D, D]` as `[Hk, Hq / Hk, D, D]`: consecutive query heads share a KV head."""
+    mean = layer.moments.value.mean
+    num_kv_heads = mean.shape[1] * mean.shape[2] // layer.head_size
+    return per_query_head.unflatten(0, (num_kv_heads, -1))
+
+
+def _layer(
+    name: str, bases: list[dict[Kind, PrincipalBasis]], counts: list[PlaneCounts], size: int
+) -> tuple[LayerHeader, LayerPack]:
+    """`counts` in the order of the units: key and value of each group in turn."""
+    units = iter(counts)
+    groups, truncated, variance = [], [], []
+    for group in bases:
+        chosen: dict[Kind, PlaneCounts] = {kind: next(units) for kind in KINDS}
+        groups.append(GroupHeader(key=_plane(chosen["key"]), value=_plane(chosen["value"])))
+        kept: dict[Kind, Basis] = {kind: group[kind].truncate(chosen[kind]) for kind in KINDS}
+        truncated.append(kept)
+        spectra: dict[Kind, Tensor] = {kind: group[kind].variance.float() for kind in KINDS}
+        variance.append(spectra)
+    header = LayerHeader(name=name, bytes_per_token=size, groups=tuple(groups))
+    return header, LayerPack(truncated, variance)
+
+
+def _plane(counts: PlaneCounts) -> PlaneHeader:
+    return PlaneHeader(n8=counts.n8, n4=counts.n4, n2=counts.n2)

@@ -1,0 +1,173 @@
+"""Calibration from end to end: model and data in, pack out."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vllm_attentionpack import __version__
+from vllm_attentionpack.calibrate.engine import Progress, feed, statistics_engine
+from vllm_attentionpack.calibrate.settings import CalibrateSettings, make_settings
+from vllm_attentionpack.errors import CalibrationDataError, UnsupportedModelError
+from vllm_attentionpack.evaluate.data import Dataset, read_dataset
+from vllm_attentionpack.packfile import Fingerprint, Pack, PackHeader, Provenance, save_pack
+from vllm_attentionpack.packfile.schema import FORMAT_VERSION
+
+logger = logging.getLogger("vllm.attentionpack")
+
+#: With fewer visual tokens than this, `auto` codes them like text: their statistics are noise.
+MIN_VISUAL_TOKENS = 64
+
+
+def calibrate(model: str, data: Any, ratio: float, output: Any = None, **options: Any) -> Pack:
+    """Calibrates a model and writes its pack.
+
+    Args:
+        model: name or path, as vLLM takes it.
+        data: path of the calibration data (`evaluate.data`).
+        ratio: compression to reach, against dense bfloat16.
+        output: path of the pack; None writes none.
+        **options: fields of `CalibrateSettings`; every other keyword goes to `vllm.LLM`.
+
+    Returns:
+        The pack.
+
+    Raises:
+        AttentionPackError: see `run_calibration`.
+    """
+    settings = {key: options.pop(key) for key in CalibrateSettings.model_fields if key in options}
+    settings["engine"] = {**settings.get("engine", {}), **options}
+    values = {"model": model, "data": data, "ratio": ratio, "output": output, **settings}
+    return run_calibration(make_settings(values, "the arguments of calibrate()"))
+
+
+def run_calibration(settings: CalibrateSettings) -> Pack:
+    """Starts the engine, gathers statistics, chooses bases and bits, writes the pack.
+
+    The same settings, data, versions and machine give the same pack, bit by bit.
+
+    Raises:
+        CalibrationDataError: the data cannot be used.
+        ConfigError: the settings contradict the model.
+        UnsupportedModelError: the model cannot be served from a compacted cache.
+        BudgetError: the ratio cannot be met.
+    """
+    dataset = read_dataset(settings.data)
+    with statistics_engine(settings.model, settings.seed, settings.engine) as llm:
+        pack = _calibrate(llm, dataset, settings)
+    if settings.output is not None:
+        save_pack(pack, settings.output)
+    return pack
+
+
+def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
+    from vllm_attentionpack.attention.fingerprint import fingerprint
+    from vllm_attentionpack.calibrate.assemble import Budget, assemble
+    from vllm_attentionpack.calibrate.collector import Collector
+
+    found = fingerprint(llm.model_config)
+    (collector,) = llm.apply_model(lambda model: Collector.install(model, settings.group_size))
+    try:
+        _check_layers(found, len(collector.recorders))
+        budget = Budget(
+            found.num_layers, found.num_kv_heads, found.head_size, collector.heads_per_group
+        )
+        budget.bytes_per_token(settings.ratio)  # before the work, not after it
+        with _progress_bar() as progress:
+            feed(
+                llm,
+                dataset,
+                lambda: collector.tokens,
+                settings.max_tokens,
+                settings.seed,
+                progress,
+            )
+    finally:
+        collector.remove()
+    tokens, visual_tokens = collector.tokens, collector.visual_tokens
+    modalities = _modalities(settings, tokens, visual_tokens)
+    max_context = settings.max_context or llm.model_config.max_model_len
+    logger.info(
+        "Calibrated on %d tokens, %d of them visual; choosing ranks and bits.",
+        tokens,
+        visual_tokens,
+    )
+    layers, packs = assemble(
+        collector.statistics(max_context, modalities, llm.model_config.dtype),
+        ratio=settings.ratio,
+        heads_per_group=collector.heads_per_group,
+        regularization=settings.regularization,
+        layer_weights=settings.layer_weights,
+    )
+    header = PackHeader(
+        format_version=FORMAT_VERSION,
+        fingerprint=found,
+        provenance=_provenance(settings, dataset, tokens, visual_tokens),
+        heads_per_group=collector.heads_per_group,
+        num_modalities=modalities,
+        ratio=settings.ratio,
+        max_context=max_context,
+        layers=layers,
+    )
+    return Pack(header, packs)
+
+
+def _check_layers(found: Fingerprint, num_layers: int) -> None:
+    if num_layers != found.num_layers:
+        raise UnsupportedModelError(
+            f"{found.architecture} has {found.num_layers} layers, of which {num_layers} have "
+            "decoder attention. A pack needs it in every layer."
+        )
+
+
+def _modalities(settings: CalibrateSettings, tokens: int, visual_tokens: int) -> int:
+    if settings.modalities == "auto":
+        return 2 if visual_tokens >= MIN_VISUAL_TOKENS and visual_tokens < tokens else 1
+    if settings.modalities == 2 and not 0 < visual_tokens < tokens:
+        raise CalibrationDataError(
+            f"modalities is 2, but {visual_tokens} of the {tokens} calibration tokens are visual. "
+            "Give data with images and text, or set modalities to 1 or auto."
+        )
+    return settings.modalities
+
+
+def _provenance(
+    settings: CalibrateSettings, dataset: Dataset, tokens: int, visual_tokens: int
+) -> Provenance:
+    import vllm
+
+    return Provenance(
+        model=settings.model,
+        data_sha256=dataset.sha256,
+        tokens=tokens,
+        visual_tokens=visual_tokens,
+        seed=settings.seed,
+        vllm_version=vllm.__version__,
+        attentionpack_version=__version__,
+    )
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Progress]:
+    """A bar on stderr with tokens, tokens per second and the time that is left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("calibrating"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[tokens]:,} tokens, {task.fields[speed]:,.0f} tokens/s"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=1.0, tokens=0, speed=0.0)
+        start = time.monotonic()
+
+        def update(fraction: float, tokens: int) -> None:
+            speed = tokens / max(time.monotonic() - start, 1e-9)
+            bar.update(task, completed=fraction, tokens=tokens, speed=speed)
+
+        yield update

@@ -1,0 +1,105 @@
+"""What a calibration can be told, by flags, a YAML file or keyword arguments."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+from vllm_attentionpack.errors import ConfigError
+
+
+class CalibrateSettings(BaseModel):
+    """Everything that decides what comes out of a calibration.
+
+    Attributes:
+        model: name or path of the model, as vLLM takes it.
+        data: JSON lines or text file (`evaluate.data`).
+        ratio: dense bfloat16 bytes over stored bytes per token; met or exceeded.
+        output: where the pack is written; None keeps it in memory.
+        group_size: KV heads coded jointly, a divisor of their number. More heads compress better,
+            cost more arithmetic and allow fewer tensor-parallel ranks. `auto`: the largest with at
+            most `moments.MAX_AUTO_GROUP_DIMS` joint dims.
+        max_tokens: stop after this many tokens; None uses all data.
+        max_context: positions over which the statistics of keys and queries are averaged; None
+            takes the engine's `max_model_len`.
+        seed: of the order in which items are taken from the data.
+        modalities: 1 codes all tokens by one basis, 2 visual tokens by their own; `auto` takes 2
+            when at least `run.MIN_VISUAL_TOKENS` were seen.
+        regularization: see `codec.transform.principal_basis`.
+        layer_weights: price of each layer's relative distortion; None prices all alike.
+        engine: further arguments of `vllm.LLM`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str
+    data: Path
+    ratio: PositiveFloat = 8.0
+    output: Path | None = None
+    group_size: PositiveInt | Literal["auto"] = "auto"
+    max_tokens: PositiveInt | None = None
+    max_context: PositiveInt | None = None
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    modalities: Literal["auto", 1, 2] = "auto"
+    regularization: PositiveFloat = 1e-2
+    layer_weights: tuple[PositiveFloat, ...] | None = None
+    engine: dict[str, Any] = {}
+
+
+def make_settings(values: Mapping[str, Any], source: str) -> CalibrateSettings:
+    """Validates settings.
+
+    Args:
+        values: by field name.
+        source: where they come from, for the message.
+
+    Raises:
+        ConfigError: an unknown key, a missing or an invalid value.
+    """
+    try:
+        return CalibrateSettings.model_validate(dict(values))
+    except ValidationError as error:
+        problems = "; ".join(_problem(entry) for entry in error.errors())
+        raise ConfigError(
+            f"{source} cannot be used: {problems}. "
+            f"Allowed keys: {', '.join(CalibrateSettings.model_fields)}."
+        ) from error
+
+
+def _problem(entry: Any) -> str:
+    key = ".".join(str(part) for part in entry["loc"])
+    if entry["type"] == "missing":
+        return f"'{key}' is missing"
+    if entry["type"] == "extra_forbidden":
+        return f"the key '{key}' is unknown"
+    return f"'{key}' is {entry['input']!r}: {entry['msg']}"
+
+
+def read_settings_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The mapping that a YAML file of settings holds, not validated.
+
+    Raises:
+        ConfigError: missing file, invalid YAML, not a mapping.
+    """
+    import yaml
+
+    file = Path(path)
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"the configuration file '{file}' cannot be read ({error}). Give the path of a YAML "
+            "file such as those under configs/calibrate/."
+        ) from error
+    except yaml.YAMLError as error:
+        told = " ".join(str(error).split())
+        raise ConfigError(f"'{file}' is not valid YAML ({told}). Correct it.") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"'{file}' holds {type(values).__name__}, expected keys and values such as 'ratio: 8'."
+        )
+    return values

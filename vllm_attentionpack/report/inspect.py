@@ -1,0 +1,102 @@
+"""What a pack holds, for people (a table) and for programs (JSON)."""
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from vllm_attentionpack.codec.layout import KINDS, GroupLayout, LayerLayout, PlaneCounts
+from vllm_attentionpack.packfile.schema import PackHeader
+
+
+def pack_facts(header: PackHeader) -> dict[str, Any]:
+    """The header with what follows from it: bytes, ratios, mean bits per element."""
+    return {
+        **header.model_dump(mode="json", exclude={"layers"}),
+        "bytes_per_token": header.bytes_per_token,
+        "dense_bytes_per_token": header.dense_bytes_per_token,
+        "compression_ratio": header.compression_ratio,
+        "layers": [
+            {
+                "name": layer.name,
+                "bytes_per_token": layout.bytes_per_token,
+                "padding_bytes_per_token": layout.bytes_per_token - layout.content_bytes_per_token,
+                "compression_ratio": layout.compression_ratio,
+                "groups": [_group_facts(layout, group) for group in layout.groups],
+            }
+            for layer, layout in zip(header.layers, header.layouts(), strict=True)
+        ],
+    }
+
+
+def _group_facts(layout: LayerLayout, group: GroupLayout) -> dict[str, Any]:
+    dims = layout.heads_per_group * layout.head_size
+    return {
+        "bytes_per_token": group.bytes_per_token,
+        **{kind: _unit_facts(getattr(group, kind), dims) for kind in KINDS},
+    }
+
+
+def _unit_facts(counts: PlaneCounts, dims: int) -> dict[str, Any]:
+    return {
+        "rank": counts.rank,
+        "dims": dims,
+        "dims_by_bits": {str(bits): n for bits, n in counts if n},
+        "bits_per_element": counts.bytes_per_token * 8 / dims,
+    }
+
+
+def pack_tables(header: PackHeader) -> RenderableType:
+    """The facts of `pack_facts` as two tables."""
+    facts = pack_facts(header)
+    return Group(_header_table(header, facts), _layer_table(facts))
+
+
+def _header_table(header: PackHeader, facts: dict[str, Any]) -> Table:
+    fingerprint, provenance = header.fingerprint, header.provenance
+    table = Table(show_header=False, box=None)
+    rows = {
+        "model": f"{provenance.model} ({fingerprint.architecture})",
+        "heads": f"{fingerprint.num_query_heads} query, {fingerprint.num_kv_heads} KV heads x "
+        f"{fingerprint.head_size}, {header.heads_per_group} KV heads per group",
+        "compression": f"{facts['compression_ratio']:.2f}x (asked for {header.ratio:g}x): "
+        f"{header.bytes_per_token} of {header.dense_bytes_per_token} bytes per token",
+        "modalities": "text and visual" if header.num_modalities == 2 else "all tokens alike",
+        "max context": f"{header.max_context:,} tokens",
+        "calibrated on": f"{provenance.tokens:,} tokens, {provenance.visual_tokens:,} visual "
+        f"(data {provenance.data_sha256[:12]}, seed {provenance.seed})",
+        "made by": f"vllm-attentionpack {provenance.attentionpack_version} with vLLM "
+        f"{provenance.vllm_version}, pack format {header.format_version}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _layer_table(facts: dict[str, Any]) -> Table:
+    table = Table(caption="rank: latent dims kept at 8, 4 and 2 bits; bits: per element of K or V")
+    for name in ("layer", "group"):
+        table.add_column(name, justify="right")
+    for kind in KINDS:
+        table.add_column(f"{kind} rank", justify="right")
+        table.add_column("8 / 4 / 2")
+        table.add_column("bits", justify="right")
+    for name in ("bytes", "layer bytes", "ratio"):
+        table.add_column(name, justify="right")
+    for number, layer in enumerate(facts["layers"]):
+        for g, group in enumerate(layer["groups"]):
+            table.add_row(
+                str(number) if g == 0 else "",
+                str(g),
+                *(cell for kind in KINDS for cell in _unit_cells(group[kind])),
+                str(group["bytes_per_token"]),
+                str(layer["bytes_per_token"]) if g == 0 else "",
+                f"{layer['compression_ratio']:.2f}x" if g == 0 else "",
+            )
+    return table
+
+
+def _unit_cells(unit: dict[str, Any]) -> tuple[str, str, str]:
+    planes = unit["dims_by_bits"]
+    split = "16 bits" if "16" in planes else " / ".join(str(planes.get(b, 0)) for b in "842")
+    return f"{unit['rank']}/{unit['dims']}", split, f"{unit['bits_per_element']:.2f}"
