@@ -1,11 +1,11 @@
 """What the layers of one engine share: configuration and pack, loaded once per worker process."""
 
+import logging
 from dataclasses import dataclass, field
 
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.logger import init_logger
 
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.codec.layout import compression_ratio
@@ -14,7 +14,7 @@ from vllm_attentionpack.errors import PackMismatchError
 from vllm_attentionpack.packfile import Pack, load_pack
 from vllm_attentionpack.packfile.shard import check_shardable, shard_codec
 
-logger = init_logger(__name__)
+logger = logging.getLogger("vllm.attentionpack")
 
 _ATTRIBUTE = "_attentionpack_state"
 

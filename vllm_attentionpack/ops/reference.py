@@ -120,7 +120,8 @@ def paged_attention(
         query: absorbed queries of `T` tokens.
         kv_cache: uint8 `[num_blocks, block_bytes]`.
         block_table: int `[B, max_blocks]`; entries beyond a request's blocks may be anything.
-        seq_lens: int `[B]`, tokens visible to the last query of each request; 0 for none.
+        seq_lens: int `[B]`, tokens visible to the last query of each request; 0 for none. Bounded
+            by the segments' `max_seq_len`, less the queries themselves unless `causal`.
         batch: how the tokens belong to requests.
         codec: the layer's codec.
         block_size: `S`.
@@ -234,7 +235,8 @@ def _attend_segment(
 
     widest = max(key[0].rank, value[0].rank, length * heads)
     tile_tokens = max(1, _TILE_BYTES // (4 * b * widest))
-    for start, ids in pages.tiles(segment.max_seq_len, tile_tokens):
+    longest = segment.max_seq_len - (0 if causal else length)
+    for start, ids in pages.tiles(longest, tile_tokens):
         k, visual = pages.read(ids, key)
         v, _ = pages.read(ids, value)
         position = start + torch.arange(k.shape[1], device=device)

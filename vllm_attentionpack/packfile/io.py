@@ -34,8 +34,8 @@ def save_pack(pack: Pack, path: str | os.PathLike[str]) -> None:
             for kind in KINDS:
                 prefix = _prefix(i, g, kind)
                 for field, tensor in bases[kind].tensors().items():
-                    tensors[prefix + field] = tensor.contiguous().cpu()
-                tensors[prefix + "variance"] = variance[kind].float().contiguous().cpu()
+                    tensors[prefix + field] = tensor.cpu().clone()  # safetensors refuses shared memory
+                tensors[prefix + "variance"] = variance[kind].float().cpu().clone()
     metadata = {_HEADER_KEY: header, _DIGEST_KEY: _digest(header, tensors)}
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
