@@ -5,12 +5,11 @@ the plugin is disabled: it logs, goes on, and refuses the backend's name as unkn
 compaction therefore never ends in a dense cache.
 """
 
-import copyreg
 import logging
 import os
-from typing import Any
 
 from vllm_attentionpack.config import DISABLE_VARIABLE
+from vllm_attentionpack.errors import UnsupportedVersionError
 
 #: Below vLLM's own logger, so that its handlers and level apply; its module need not be imported.
 logger = logging.getLogger("vllm.attentionpack")
@@ -20,50 +19,39 @@ BACKEND = "ATTENTIONPACK"
 #: Calibration: the platform's default backend plus gathering of statistics.
 STATISTICS_BACKEND = "ATTENTIONPACK_STATS"
 
-_PATHS = {
+#: Enum member -> class path of every backend that we register.
+BACKENDS = {
     BACKEND: "vllm_attentionpack.attention.backend.AttentionPackBackend",
     STATISTICS_BACKEND: "vllm_attentionpack.calibrate.backend.StatisticsBackend",
 }
 
 
 def register() -> None:
-    """Registers both backends and installs what vLLM has no seam for. Idempotent.
+    """Registers both backends and installs what vLLM has no seam for. Idempotent; never raises.
 
-    Never raises because of what the installed vLLM lacks: models served with other backends must
-    not suffer. Where the hooks that guard a selection of our backends cannot be installed at all,
-    the names stay unregistered, so that vLLM itself refuses them.
+    Models served with other backends must not suffer from us, so a failure is logged and the names
+    stay unregistered: vLLM then refuses them as unknown. Interfaces that only serving needs are
+    looked at when one of our backends is selected, which raises `UnsupportedVersionError`.
     """
     if os.environ.get(DISABLE_VARIABLE) == "1":
         logger.info("vllm-attentionpack is disabled by %s=1.", DISABLE_VARIABLE)
         return
+    try:
+        _register()
+    # Whatever it is: vLLM calls plugins unguarded.
+    except Exception:
+        logger.exception("vllm-attentionpack could not register its attention backends.")
+
+
+def _register() -> None:
     from vllm_attentionpack import compat
 
     if missing := compat.missing_to_register():
-        logger.error(
-            "vllm-attentionpack cannot register its attention backends: %s",
-            compat.version_message(missing),
-        )
-        return
+        raise UnsupportedVersionError(compat.version_message(missing))
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    # Before the names: a name without the hooks would be ignored on CPU and served dense.
     compat.install()
-    for name, path in _PATHS.items():
+    for name, path in BACKENDS.items():
         if name not in AttentionBackendEnum.__members__:
             AttentionBackendEnum.register(name, path)
-    # A member added at run time is pickled by value, which a spawned process cannot look up before
-    # it has loaded its plugins; and it unpickles the configuration first. Remove when vLLM loads
-    # plugins before that.
-    copyreg.pickle(AttentionBackendEnum, _reduce_backend)
-
-
-def _reduce_backend(member: Any) -> Any:
-    if member.name in _PATHS:
-        return _restore_backend, (member.name,)
-    return member.__class__, (member.value,)
-
-
-def _restore_backend(name: str) -> Any:
-    register()
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    return AttentionBackendEnum[name]

@@ -7,10 +7,11 @@ neither of our backends is selected, and step aside where the installed vLLM nee
     layer_spec   bytes per token that differ between layers
     modality     which tokens of a step are visual
     engine_args  the start-up check in the main process
+    pickling     a spawned process can read a configuration that selects our backends
     features     what the installed vLLM must offer
 """
 
-from vllm_attentionpack.compat import engine_args, selection
+from vllm_attentionpack.compat import engine_args, pickling, selection
 from vllm_attentionpack.compat.features import (
     check_features,
     missing_to_register,
@@ -35,3 +36,4 @@ def install() -> None:
     """
     selection.install()
     engine_args.install()
+    pickling.install()
