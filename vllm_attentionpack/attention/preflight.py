@@ -1,7 +1,141 @@
-"""Checks of the whole configuration before vLLM starts its processes."""
+"""Checks of the whole configuration before vLLM starts its processes.
 
+Only what a configuration can tell; what needs the model (layer names, a logits soft cap) is checked
+where its layers are built.
+"""
+
+import logging
 from typing import Any
+
+from vllm_attentionpack.attention.fingerprint import check_fingerprint, fingerprint
+from vllm_attentionpack.codec.layout import BLOCK_SIZE_MULTIPLE
+from vllm_attentionpack.compat.selection import PER_KIND_OPTION
+from vllm_attentionpack.config import serve_config
+from vllm_attentionpack.errors import ConfigError, UnsupportedModelError
+from vllm_attentionpack.packfile import PackHeader, read_header
+from vllm_attentionpack.packfile.shard import check_shardable
+from vllm_attentionpack.plugin import BACKEND
+
+logger = logging.getLogger("vllm.attentionpack")
+
+_SLIDING, _CHUNKED = "sliding_attention", "chunked_attention"
+_SLIDING_KIND = "sliding_window"
 
 
 def check(vllm_config: Any) -> None:
-    """Raises one of our errors when the configuration cannot be served from a compacted cache."""
+    """Checks a configuration that selects the compacting backend. Reads the pack's header only.
+
+    Raises:
+        ConfigError: an option of vLLM or of this package that cannot be combined with it.
+        PackFileError: no readable pack.
+        PackMismatchError: the pack belongs to another model or parallel degree.
+        UnsupportedModelError: attention that cannot be served from a compacted cache.
+    """
+    config = serve_config(vllm_config.additional_config)
+    check_model(vllm_config)
+    check_options(vllm_config)
+    header = read_header(config.pack)
+    check_fingerprint(header.fingerprint, fingerprint(vllm_config.model_config), str(config.pack))
+    check_shardable(header, vllm_config.parallel_config.tensor_parallel_size)
+    if header.num_modalities == 2:
+        check_modality_options(vllm_config.parallel_config)
+    _warn_about_context(vllm_config.model_config.max_model_len, header)
+
+
+def check_model(vllm_config: Any) -> None:
+    """Raises `UnsupportedModelError` for attention that is not causal full attention."""
+    model = vllm_config.model_config
+    reasons = {
+        "multi-head latent attention (MLA), which already stores a compacted latent": model.use_mla,
+        "an encoder and a decoder": model.is_encoder_decoder,
+        "encoder-only attention, which keeps no KV cache": model.attn_type == "encoder_only",
+        "no attention": model.attn_type == "attention_free",
+        "state-space or linear-attention layers beside attention": model.is_hybrid,
+        "ALiBi": model.uses_alibi,
+        "attention in both directions between visual tokens": model.is_mm_prefix_lm,
+        "chunked local attention": _CHUNKED in _layer_types(model),
+        "a sliding window in every layer": vllm_config.cache_config.sliding_window is not None,
+    }
+    if found := [reason for reason, present in reasons.items() if present]:
+        raise UnsupportedModelError(
+            f"the model '{model.model}' ({model.architecture}) has {'; '.join(found)}. "
+            f"{BACKEND} serves decoders with causal full attention; serve this model with another "
+            "--attention-backend."
+        )
+    if _has_sliding_layers(model) and _selected_for_sliding(vllm_config.attention_config):
+        raise UnsupportedModelError(
+            f"the model '{model.model}' ({model.architecture}) mixes full attention with sliding "
+            f"windows, and {BACKEND} is selected for both. Sliding-window layers keep their dense "
+            f"cache; select it for the others only: {PER_KIND_OPTION} instead of "
+            "--attention-backend."
+        )
+
+
+def check_options(vllm_config: Any) -> None:
+    """Raises `ConfigError` for options that no pack can be combined with."""
+    cache = vllm_config.cache_config
+    parallel = vllm_config.parallel_config
+    if cache.cache_dtype != "auto":
+        raise ConfigError(
+            f"the KV cache dtype is '{cache.cache_dtype}' (--kv-cache-dtype or the checkpoint's "
+            f"quantization); with {BACKEND} it must be 'auto', because the pack decides how keys "
+            "and values are stored. Drop --kv-cache-dtype; a checkpoint that prescribes a dtype "
+            "cannot be served compacted."
+        )
+    if cache.block_size is not None and cache.block_size % BLOCK_SIZE_MULTIPLE:
+        raise ConfigError(
+            f"--block-size is {cache.block_size}; {BACKEND} needs a multiple of "
+            f"{BLOCK_SIZE_MULTIPLE}, such as {_next_multiple(cache.block_size)}."
+        )
+    for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if (size := getattr(parallel, option)) > 1:
+            raise ConfigError(
+                f"--{option.replace('_', '-')} is {size}; {BACKEND} supports only 1. "
+                "Use --tensor-parallel-size to spread a model over devices."
+            )
+
+
+def check_modality_options(parallel: Any) -> None:
+    """Raises `ConfigError` where vLLM cannot tell each layer which tokens are visual."""
+    advice = "Or calibrate with one basis for all tokens (modalities: 1)."
+    if parallel.pipeline_parallel_size > 1:
+        raise ConfigError(
+            f"--pipeline-parallel-size is {parallel.pipeline_parallel_size} and the pack separates "
+            "visual from text tokens, but only the first stage knows which are which. Use "
+            f"--pipeline-parallel-size 1, and --tensor-parallel-size instead. {advice}"
+        )
+    if parallel.use_ubatching:
+        raise ConfigError(
+            "micro-batching (--enable-dbo, --ubatch-size) is on and the pack separates visual from "
+            "text tokens, but micro-batches do not carry which are which. Turn micro-batching "
+            f"off. {advice}"
+        )
+
+
+def _layer_types(model: Any) -> list[str]:
+    return list(getattr(model.hf_text_config, "layer_types", None) or ())
+
+
+def _has_sliding_layers(model: Any) -> bool:
+    return model.get_sliding_window() is not None and _SLIDING in _layer_types(model)
+
+
+def _selected_for_sliding(attention: Any) -> bool:
+    chosen = attention.backend_per_kind.get(_SLIDING_KIND, attention.backend)
+    return chosen is not None and chosen.name == BACKEND
+
+
+def _next_multiple(size: int) -> int:
+    return -(-size // BLOCK_SIZE_MULTIPLE) * BLOCK_SIZE_MULTIPLE
+
+
+def _warn_about_context(max_model_len: int, header: PackHeader) -> None:
+    if max_model_len > header.max_context:
+        logger.warning(
+            "max_model_len is %d, but the pack was calibrated for contexts up to %d tokens: "
+            "quality beyond that is not calibrated. Pass --max-model-len %d, or calibrate with a "
+            "larger max_context.",
+            max_model_len,
+            header.max_context,
+            header.max_context,
+        )
