@@ -1,6 +1,6 @@
 """The real engine, in this process, under the statistics backend; and the loop that feeds it."""
 
-import gc
+import logging
 import os
 import random
 from collections.abc import Iterator, Mapping
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_attentionpack import plugin
+from vllm_attentionpack.engine import engine_arguments, shut_down
 from vllm_attentionpack.errors import CalibrationDataError, ConfigError
 from vllm_attentionpack.evaluate.data import Dataset
 from vllm_attentionpack.evaluate.prompts import PromptRenderer, RenderedPrompt
@@ -51,17 +52,15 @@ def statistics_engine(model: str, seed: int, engine_args: Mapping[str, Any]) -> 
             )
     if model.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(model)):
         raise ConfigError(f"no model at '{model}'. Give the folder of a model, or its name.")
-    with _in_process():
+    with _in_process(), _fewer_warnings():
         plugin.register()
         from vllm import LLM
 
-        llm = LLM(**{"model": model, "seed": seed, **engine_args, **_FORCED})
+        llm = LLM(**engine_arguments(model, {"seed": seed, **engine_args, **_FORCED}))
         try:
             yield llm
         finally:
-            llm.llm_engine.engine_core.shutdown()
-            del llm
-            _release()
+            shut_down(llm)
 
 
 @contextmanager
@@ -77,11 +76,22 @@ def _in_process() -> Iterator[None]:
             os.environ[_MULTIPROCESSING] = before
 
 
-def _release() -> None:
-    from vllm.distributed import cleanup_dist_env_and_memory
+@contextmanager
+def _fewer_warnings() -> Iterator[None]:
+    """Drops a warning that vLLM's CPU worker gives for every image, in the middle of the bar.
 
-    gc.collect()
-    cleanup_dist_env_and_memory()
+    Remove when vLLM gives it once.
+    """
+    logger = logging.getLogger("vllm.v1.worker.cpu_worker")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "torch.set_num_threads" not in str(record.msg)
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def feed(

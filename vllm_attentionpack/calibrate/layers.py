@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
 
 from vllm_attentionpack.errors import UnsupportedModelError
@@ -34,27 +33,35 @@ class AttentionSite:
 
 
 def attention_sites(model: nn.Module) -> list[AttentionSite]:
-    """Every decoder attention layer of `model`, in its order.
+    """The decoder layers with full attention, in the order of the model.
+
+    Layers with a sliding window are left out: their cache is small, and stays dense.
 
     Raises:
-        UnsupportedModelError: no such layer, or layers that differ in heads, use a sliding window
-            or share another layer's cache.
+        UnsupportedModelError: no such layer, or layers that differ in heads or share another
+            layer's cache.
     """
     modules = dict(model.named_modules())
     found = [
-        (extract_layer_index(module.layer_name), path, module)
+        (path, module)
         for path, module in modules.items()
-        if isinstance(module, Attention) and module.attn_type == AttentionType.DECODER
+        if isinstance(module, Attention)
+        and module.attn_type == AttentionType.DECODER
+        and module.sliding_window is None
     ]
     if not found:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no decoder attention layer with keys and values of its "
-            "own (multi-head latent attention has none). Serve it with another "
-            "--attention-backend."
+            f"{type(model).__name__} has no decoder layer with full attention and keys and values "
+            "of its own (multi-head latent attention and sliding windows have none). Serve it with "
+            "another --attention-backend."
         )
-    found.sort(key=lambda entry: entry[0])
-    _check_alike([layer for _, _, layer in found])
-    return [_site(modules, path, layer) for _, path, layer in found]
+    found.sort(key=lambda entry: _numbers(entry[1].layer_name))
+    _check_alike([layer for _, layer in found])
+    return [_site(modules, path, layer) for path, layer in found]
+
+
+def _numbers(layer_name: str) -> list[int]:
+    return [int(part) for part in layer_name.split(".") if part.isdecimal()]
 
 
 def _check_alike(layers: list[Attention]) -> None:
@@ -68,14 +75,12 @@ def _check_alike(layers: list[Attention]) -> None:
             reason += f"{shape(layers[0])} of '{layers[0].layer_name}'"
         elif layer.head_size_v != layer.head_size:
             reason = f"its values have {layer.head_size_v} dims and its keys {layer.head_size}"
-        elif layer.sliding_window is not None:
-            reason = "it attends in a sliding window, whose cache is small already"
         elif layer.kv_sharing_target_layer_name is not None:
             reason = f"it reads the cache of '{layer.kv_sharing_target_layer_name}'"
         if reason:
             raise UnsupportedModelError(
-                f"layer '{layer.layer_name}' cannot be calibrated: {reason}. A pack needs full "
-                "attention with the same heads in every layer."
+                f"layer '{layer.layer_name}' cannot be calibrated: {reason}. A pack needs the same "
+                "heads in all layers with full attention."
             )
 
 

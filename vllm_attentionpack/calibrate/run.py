@@ -9,9 +9,9 @@ from typing import Any
 from vllm_attentionpack import __version__
 from vllm_attentionpack.calibrate.engine import Progress, feed, statistics_engine
 from vllm_attentionpack.calibrate.settings import CalibrateSettings, make_settings
-from vllm_attentionpack.errors import CalibrationDataError, UnsupportedModelError
+from vllm_attentionpack.errors import CalibrationDataError
 from vllm_attentionpack.evaluate.data import Dataset, read_dataset
-from vllm_attentionpack.packfile import Fingerprint, Pack, PackHeader, Provenance, save_pack
+from vllm_attentionpack.packfile import Pack, PackHeader, Provenance, save_pack
 from vllm_attentionpack.packfile.schema import FORMAT_VERSION
 
 logger = logging.getLogger("vllm.attentionpack")
@@ -66,10 +66,12 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
     from vllm_attentionpack.calibrate.assemble import Budget, assemble
     from vllm_attentionpack.calibrate.collector import Collector
 
-    found = fingerprint(llm.model_config)
     (collector,) = llm.apply_model(lambda model: Collector.install(model, settings.group_size))
+    # A pack is about the layers that it covers; those with other attention are not among them.
+    found = fingerprint(llm.model_config).model_copy(
+        update={"num_layers": len(collector.recorders)}
+    )
     try:
-        _check_layers(found, len(collector.recorders))
         budget = Budget(
             found.num_layers, found.num_kv_heads, found.head_size, collector.heads_per_group
         )
@@ -111,14 +113,6 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
         layers=layers,
     )
     return Pack(header, packs)
-
-
-def _check_layers(found: Fingerprint, num_layers: int) -> None:
-    if num_layers != found.num_layers:
-        raise UnsupportedModelError(
-            f"{found.architecture} has {found.num_layers} layers, of which {num_layers} have "
-            "decoder attention. A pack needs it in every layer."
-        )
 
 
 def _modalities(settings: CalibrateSettings, tokens: int, visual_tokens: int) -> int:

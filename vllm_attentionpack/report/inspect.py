@@ -74,15 +74,16 @@ def _header_table(header: PackHeader, facts: dict[str, Any]) -> Table:
 
 
 def _layer_table(facts: dict[str, Any]) -> Table:
-    table = Table(caption="rank: latent dims kept at 8, 4 and 2 bits; bits: per element of K or V")
-    for name in ("layer", "group"):
-        table.add_column(name, justify="right")
+    table = Table(
+        box=None,
+        caption="rank: latent dims kept, at 8, 4 and 2 bits; bits: per element; bytes: per token",
+        caption_justify="left",
+    )
+    columns = ["layer", "group"]
     for kind in KINDS:
-        table.add_column(f"{kind} rank", justify="right")
-        table.add_column("8 / 4 / 2")
-        table.add_column("bits", justify="right")
-    for name in ("bytes", "layer bytes", "ratio"):
-        table.add_column(name, justify="right")
+        columns += [f"{kind[0].upper()} rank", "8/4/2", "bits"]
+    for name in (*columns, "bytes", "ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
     for number, layer in enumerate(facts["layers"]):
         for g, group in enumerate(layer["groups"]):
             table.add_row(
@@ -90,7 +91,6 @@ def _layer_table(facts: dict[str, Any]) -> Table:
                 str(g),
                 *(cell for kind in KINDS for cell in _unit_cells(group[kind])),
                 str(group["bytes_per_token"]),
-                str(layer["bytes_per_token"]) if g == 0 else "",
                 f"{layer['compression_ratio']:.2f}x" if g == 0 else "",
             )
     return table
@@ -98,5 +98,5 @@ def _layer_table(facts: dict[str, Any]) -> Table:
 
 def _unit_cells(unit: dict[str, Any]) -> tuple[str, str, str]:
     planes = unit["dims_by_bits"]
-    split = "16 bits" if "16" in planes else " / ".join(str(planes.get(b, 0)) for b in "842")
+    split = "16 bits" if "16" in planes else "/".join(str(planes.get(b, 0)) for b in "842")
     return f"{unit['rank']}/{unit['dims']}", split, f"{unit['bits_per_element']:.2f}"
