@@ -70,9 +70,7 @@ def test_fill_is_near_the_best_of_all_splits():
         assert total <= 1.15 * best
 
 
-layer = st.lists(
-    st.tuples(st.floats(0.005, 0.5), st.floats(1e-3, 1e3)), min_size=4, max_size=4
-)
+layer = st.lists(st.tuples(st.floats(0.005, 0.5), st.floats(1e-3, 1e3)), min_size=4, max_size=4)
 
 
 @settings(max_examples=30, deadline=None)

@@ -88,7 +88,9 @@ def test_metric_moves_precision_to_what_queries_read():
     counts = PlaneCounts(n8=4, n2=16)
     errors = []
     for metric in (plain, weighted):
-        codec = PlaneCodec(principal_basis(second, mean, count, metric, 1e-9).truncate(counts), counts)
+        codec = PlaneCodec(
+            principal_basis(second, mean, count, metric, 1e-9).truncate(counts), counts
+        )
         codes, scale = codec.encode(data, None)
         back = codec.reconstruct(codes, scale, torch.zeros(TOKENS, dtype=torch.bool))
         errors.append((back.double() - data)[:, 5].square().mean().item())

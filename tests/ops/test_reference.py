@@ -156,9 +156,7 @@ def test_fresh_attention_in_every_dtype(dtype):
     starts = [0, 1, 1, 8, 20]  # one empty request
     batch = QueryBatch.build(starts, [1, 0, 7, 12], torch.device("cpu"))
     assert sum(s.tokens.numel() for s in batch.segments) == batch.num_tokens == 20
-    query, key, value = (
-        torch.randn(20, h, 32, generator=generator).to(dtype) for h in (6, 2, 2)
-    )
+    query, key, value = (torch.randn(20, h, 32, generator=generator).to(dtype) for h in (6, 2, 2))
     out, lse = fresh_attention(query, key, value, batch, 0.3)
     for start, stop in itertools.pairwise(starts):
         q, k, v = (x[start:stop].double() for x in (query, key, value))

@@ -1,4 +1,4 @@
-"""A paged batch with everything a kernel could trip over: shuffled blocks, garbage in unused slots."""
+"""A paged batch with all that a kernel could trip over: shuffled blocks, garbage in free slots."""
 
 from dataclasses import dataclass
 

@@ -64,9 +64,7 @@ def unit_curve(variance: np.ndarray) -> UnitCurve:
         + (mass[dims] - mass[clipped])
     )
     distortion = np.where(total <= dims, distortion, np.inf)
-    quanta = (
-        n8 // _DIMS_PER_QUANTUM[8] + n4 // _DIMS_PER_QUANTUM[4] + n2 // _DIMS_PER_QUANTUM[2]
-    )
+    quanta = n8 // _DIMS_PER_QUANTUM[8] + n4 // _DIMS_PER_QUANTUM[4] + n2 // _DIMS_PER_QUANTUM[2]
     quanta = np.broadcast_to(quanta, distortion.shape)
 
     order = np.lexsort((distortion.ravel(), quanta.ravel()))
@@ -75,9 +73,7 @@ def unit_curve(variance: np.ndarray) -> UnitCurve:
     choices, best = [], []
     for flat in firsts:
         i, j, k = np.unravel_index(flat, distortion.shape)
-        counts = PlaneCounts(
-            n8=int(n8[i, 0, 0]), n4=int(n4[0, j, 0]), n2=int(n2[0, 0, k])
-        )
+        counts = PlaneCounts(n8=int(n8[i, 0, 0]), n4=int(n4[0, j, 0]), n2=int(n2[0, 0, k]))
         choices.append(counts)
         best.append(float(distortion[i, j, k]))
     return UnitCurve(np.asarray(best), tuple(choices))
@@ -97,7 +93,9 @@ def fill(curves: Sequence[UnitCurve], weights: Sequence[float], quanta: int) -> 
     def push(unit: int, room: int) -> None:
         step = _best_step(curves[unit].distortion, spent[unit], room)
         if step:
-            gain = curves[unit].distortion[spent[unit]] - curves[unit].distortion[spent[unit] + step]
+            gain = (
+                curves[unit].distortion[spent[unit]] - curves[unit].distortion[spent[unit] + step]
+            )
             heapq.heappush(heap, (-weights[unit] * gain / step, unit, step))
 
     left = quanta - len(curves)

@@ -45,7 +45,7 @@ class Rotary:
         return torch.cat([first, rest[0::2]]), torch.cat([second, rest[1::2]])
 
     def plane_frequencies(self, head_size: int) -> Tensor:
-        """float64 `[D/2]`: the frequency of every plane of `plane_dims`, 0 for what stands still."""
+        """float64 `[D/2]`: the frequency of every plane of `plane_dims`, 0 where nothing turns."""
         frequencies = torch.zeros(head_size // 2, dtype=torch.float64)
         frequencies[: len(self.frequencies)] = self.frequencies
         return frequencies
@@ -117,4 +117,5 @@ def _phi(frequency: Tensor, num_positions: int) -> Tensor:
     still = sine.abs() < 1e-12
     ratio = torch.sin(half * num_positions) / (num_positions * torch.where(still, 1.0, sine))
     ratio = torch.where(still, 1.0, ratio)
-    return torch.polar(ratio.abs(), torch.angle(ratio.to(torch.complex128)) + half * (num_positions - 1))
+    phase = half * (num_positions - 1)
+    return ratio * torch.complex(phase.cos(), phase.sin())

@@ -3,7 +3,7 @@
 Keys: an error `e` in a key costs `E|qᵀe|²` in logits, so keys are whitened by the square root of
 the query moments of their head; values cost `eᵀ M e` in the layer's output, `M` the Gram matrix of
 the output projection. Principal components of whitened vectors then make the squared error of the
-latent *equal* to that cost (see KQ-SVD and OSCAR for the query-weighted form; DESIGN, "The method").
+latent *equal* to that cost. (KQ-SVD and OSCAR weight keys by queries in the same way.)
 Both are scaled to the same unit, the energy of the error in the layer's output, so that keys,
 values and heads compete for the same bytes.
 """

@@ -7,7 +7,7 @@ Cause: vLLM calls no plugin between the finished configuration and the start of 
 Remove when: vLLM lets a backend validate the finished `VllmConfig`.
 """
 
-import sys
+import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
@@ -18,14 +18,13 @@ from vllm_attentionpack.compat.wrap import wrap_method
 def install() -> None:
     """Checks each finished configuration that selects the compacting backend. Idempotent.
 
-    Worker processes never load the module of `EngineArgs`, and need no check: they get a
-    configuration that passed it. Where it is loaded later (a process that loads plugins by hand),
-    the checks at model construction remain.
+    Child processes (engines, workers) get a configuration that passed the check.
     """
-    module = sys.modules.get("vllm.engine.arg_utils")
-    engine_args = getattr(module, "EngineArgs", None)
-    if engine_args is not None:
-        wrap_method(engine_args, "create_engine_config", _make)
+    if multiprocessing.parent_process() is not None:
+        return
+    from vllm.engine.arg_utils import EngineArgs
+
+    wrap_method(EngineArgs, "create_engine_config", _make)
 
 
 def _make(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,5 @@
-"""One engine's answers: generated ones and, teacher-forced, the distributions over the given ones."""
+"""What one engine makes of the data: generated answers, and scores of the given ones."""
 
-import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from vllm_attentionpack import plugin
 from vllm_attentionpack.config import SECTION
+from vllm_attentionpack.engine import engine_arguments, shut_down
 from vllm_attentionpack.errors import CalibrationDataError
 from vllm_attentionpack.evaluate.data import ChatItem, Item
 from vllm_attentionpack.evaluate.prompts import PromptRenderer, RenderedPrompt
@@ -78,7 +78,7 @@ def run_engine(
     plugin.register()
     from vllm import LLM
 
-    arguments: dict[str, Any] = {"model": model, "max_logprobs": -1, **engine_args}
+    arguments = engine_arguments(model, {"max_logprobs": -1, **engine_args})
     if pack is not None:
         arguments["attention_backend"] = plugin.BACKEND
         arguments["additional_config"] = {
@@ -95,16 +95,7 @@ def run_engine(
             max_model_len=llm.model_config.max_model_len,
         )
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        _release()
-
-
-def _release() -> None:
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    gc.collect()
-    cleanup_dist_env_and_memory()
+        shut_down(llm)
 
 
 def _generate(llm: "LLM", items: Sequence[Item]) -> list[str | None]:
@@ -162,7 +153,7 @@ def _run(llm: "LLM", prompts: Sequence[RenderedPrompt], sampling: Sequence[Any])
 
 
 def _read_logprobs(flat: Any, positions: int, top: int) -> Scored:
-    """The last `positions` of vLLM's flat prompt log-probabilities: the given token, then the top."""
+    """The last `positions` of vLLM's flat log-probabilities: the given token, then the top."""
     target = np.empty(positions)
     token_ids = np.empty((positions, top), dtype=np.int64)
     logprobs = np.empty((positions, top))

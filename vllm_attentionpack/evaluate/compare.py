@@ -49,7 +49,7 @@ def kl_divergence(dense: Scored, compacted: Scored) -> np.ndarray:
     n = len(dense.target)
     result = np.empty(n)
     for i in range(n):
-        common, left, right = np.intersect1d(
+        _, left, right = np.intersect1d(
             dense.token_ids[i], compacted.token_ids[i], assume_unique=True, return_indices=True
         )
         p, q = dense.logprobs[i][left], compacted.logprobs[i][right]

@@ -1,4 +1,4 @@
-"""The page of one compacted layer in vLLM's terms. All sizes come from the layer's `LayerLayout`."""
+"""The page of one compacted layer in vLLM's terms; all sizes come from its `LayerLayout`."""
 
 from dataclasses import replace
 from typing import TypeVar

@@ -53,9 +53,7 @@ def _causal_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Ten
     return ((logits - lse[..., None]).exp() @ v.float()).to(q.dtype), lse
 
 
-def merge_attention(
-    first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor
-) -> Tensor:
+def merge_attention(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) -> Tensor:
     """Attention over two disjoint sets of keys from the attention over each.
 
     Args:

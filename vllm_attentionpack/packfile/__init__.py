@@ -1,4 +1,4 @@
-"""The pack file: everything that serving needs to know of a calibration, in one safetensors file."""
+"""The pack file: all that serving needs to know of a calibration, in one safetensors file."""
 
 from vllm_attentionpack.packfile.io import load_pack, read_header, save_pack
 from vllm_attentionpack.packfile.schema import Fingerprint, LayerPack, Pack, PackHeader, Provenance

@@ -34,7 +34,9 @@ def save_pack(pack: Pack, path: str | os.PathLike[str]) -> None:
             for kind in KINDS:
                 prefix = _prefix(i, g, kind)
                 for field, tensor in bases[kind].tensors().items():
-                    tensors[prefix + field] = tensor.cpu().clone()  # safetensors refuses shared memory
+                    tensors[prefix + field] = (
+                        tensor.cpu().clone()
+                    )  # safetensors refuses shared memory
                 tensors[prefix + "variance"] = variance[kind].float().cpu().clone()
     metadata = {_HEADER_KEY: header, _DIGEST_KEY: _digest(header, tensors)}
     target = Path(path)
@@ -53,7 +55,8 @@ def read_header(path: str | os.PathLike[str]) -> PackHeader:
     target = Path(path)
     if not target.is_file():
         raise PackFileError(
-            f"no pack file at '{target}'. Give the path of a file made by 'attentionpack calibrate'."
+            f"no pack file at '{target}'. "
+            "Give the path of a file made by 'attentionpack calibrate'."
         )
     try:
         with safe_open(target, framework="pt") as file:
@@ -177,9 +180,7 @@ def _read_layer(
     return LayerPack(bases, variance)
 
 
-def _checked(
-    target: Path, name: str, shape: tuple[int, ...], tensors: dict[str, Tensor]
-) -> Tensor:
+def _checked(target: Path, name: str, shape: tuple[int, ...], tensors: dict[str, Tensor]) -> Tensor:
     if name not in tensors:
         raise PackFileError(f"'{target}' lacks the tensor '{name}'. Calibrate again.")
     tensor = tensors[name]

@@ -30,7 +30,10 @@ class _Frozen(BaseModel):
 
 
 class Fingerprint(_Frozen):
-    """What a model must have in common with the one that was calibrated."""
+    """What a model must have in common with the one that was calibrated.
+
+    `num_layers` counts the layers that are compacted: those with full attention.
+    """
 
     architecture: str
     num_layers: PositiveInt
