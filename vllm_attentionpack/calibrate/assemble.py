@@ -5,8 +5,11 @@ An error `e` in the logits of query head `j` moves the layer's output by about `
 values that it mixes), and an error in a value by `eᵀ Mⱼ e`, both times the same square of the
 softmax weight. Hence the metrics, in one unit, summed over the query heads that read KV head `h`::
 
-    keys    sum_j scale² Cqⱼ tr(Mⱼ Cov_v,h)
+    keys    KEY_PRICE sum_j scale² Cqⱼ tr(Mⱼ Cov_v,h)
     values  sum_j Mⱼ
+
+`KEY_PRICE` is below one because attention is not diffuse: where one token gets most of the weight,
+the output is close to its value, and an error in its logit moves little.
 
 Layers are compared by distortion over the energy of their own output,
 `sum_j tr(Mⱼ E[v vᵀ])`: a layer that writes little into the residual stream is not starved for it,
@@ -33,6 +36,10 @@ from vllm_attentionpack.codec.layout import (
 from vllm_attentionpack.codec.transform import PrincipalBasis, principal_basis
 from vllm_attentionpack.errors import BudgetError, ConfigError
 from vllm_attentionpack.packfile.schema import GroupHeader, LayerHeader, LayerPack, PlaneHeader
+
+
+#: Measured on the reference VLM (docs/log.md): flat between 0.1 and 0.3.
+KEY_PRICE = 0.15
 
 
 @dataclass(frozen=True)
@@ -192,7 +199,8 @@ def key_metric(layer: LayerStatistics) -> Tensor:
     second, mean = _value_moments(layer)
     covariance = second - mean[:, :, None] * mean[:, None, :]
     gram = _by_kv_head(layer.gram, layer)
-    price = torch.einsum("hjab,hab->hj", gram, covariance).clamp_min(0) * layer.scale**2
+    energy = torch.einsum("hjab,hab->hj", gram, covariance).clamp_min(0)
+    price = KEY_PRICE * layer.scale**2 * energy
     return torch.einsum("hj,hjab->hab", price, _by_kv_head(layer.moments.query, layer))
 
 
