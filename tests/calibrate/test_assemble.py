@@ -1,0 +1,140 @@
+"""From planted moments to a pack: budgets, units of the metrics, and what low rank buys."""
+
+import pytest
+import torch
+
+from vllm_attentionpack.calibrate.assemble import (
+    Budget,
+    LayerStatistics,
+    assemble,
+    key_metric,
+    output_energy,
+    value_metric,
+)
+from vllm_attentionpack.calibrate.moments import GroupMoments, LayerMoments
+from vllm_attentionpack.codec.codec import LayerCodec
+from vllm_attentionpack.codec.layout import GroupLayout, LayerLayout
+from vllm_attentionpack.errors import BudgetError, ConfigError
+
+HQ, HK, D, G, RANK = 4, 4, 32, 2, 10
+N = HK // G
+
+
+def planted(
+    seed: int, modalities: int = 2, gram_scale: float = 1.0
+) -> tuple[LayerStatistics, torch.Tensor]:
+    """A layer whose keys and values lie in `RANK` of each group's dims, per modality.
+
+    Returns the statistics and, for the first modality, samples `[T, HK, D]` of keys.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def moments() -> tuple[GroupMoments, torch.Tensor]:
+        basis = torch.randn(modalities, N, RANK, G * D, generator=generator, dtype=torch.float64)
+        mean = torch.randn(modalities, N, G * D, generator=generator, dtype=torch.float64)
+        covariance = basis.mT @ basis
+        second = covariance + mean[..., :, None] * mean[..., None, :]
+        latent = torch.randn(500, N, 1, RANK, generator=generator, dtype=torch.float64)
+        sample = (latent @ basis[0]).squeeze(2) + mean[0]
+        return GroupMoments(second, mean), sample.reshape(500, HK, D)
+
+    key, sample = moments()
+    value, _ = moments()
+    weight = torch.randn(HQ, D, 3 * D, generator=generator, dtype=torch.float64) * gram_scale
+    query = torch.randn(HQ, 50, D, generator=generator, dtype=torch.float64)
+    count = torch.tensor([3000, 1000][:modalities])
+    layer_moments = LayerMoments(key, value, query.mT @ query / 50, count)
+    return LayerStatistics(
+        f"layers.{seed}.attn", D**-0.5, layer_moments, weight @ weight.mT
+    ), sample
+
+
+@pytest.mark.parametrize("ratio", [2.5, 4, 7.3, 8, 12])
+@pytest.mark.parametrize("modalities", [1, 2])
+def test_budget_is_met_and_nearly_used(ratio: float, modalities: int) -> None:
+    layers = [planted(seed, modalities)[0] for seed in range(3)]
+    headers, packs = assemble(layers, ratio=ratio, heads_per_group=G, regularization=1e-2)
+    dense = len(layers) * HK * D * 2 * 2
+    stored = sum(header.bytes_per_token for header in headers)
+    assert stored <= dense / ratio
+    # all dims at 8 bits are more than what is worth spending, so only small budgets are used up
+    assert stored > 0.9 * dense / ratio
+    assert [header.name for header in headers] == [layer.name for layer in layers]
+    for header, pack in zip(headers, packs, strict=True):
+        assert len(header.groups) == N
+        for group, bases, variance in zip(header.groups, pack.bases, pack.variance, strict=True):
+            for kind in ("key", "value"):
+                rank = getattr(group, kind).counts().rank
+                assert bases[kind].encode.shape == (modalities, G * D, rank)
+                assert bases[kind].encode.dtype == torch.float32
+                assert variance[kind].shape == (modalities, G * D)
+
+
+def test_planted_low_rank_survives_eightfold_compaction() -> None:
+    layer, sample = planted(0)
+    (header,), (pack,) = assemble([layer], ratio=8, heads_per_group=G, regularization=1e-3)
+    groups = tuple(GroupLayout(g.key.counts(), g.value.counts()) for g in header.groups)
+    codec = LayerCodec(LayerLayout(groups, G, D, header.bytes_per_token), pack.bases)
+    text = torch.zeros(len(sample), dtype=torch.bool)
+    for group, heads in codec.group_heads():
+        x = sample[:, heads].reshape(len(sample), -1).float()
+        rebuilt = group.key.reconstruct(*group.key.encode(x, text), text)
+        noise = (rebuilt - x).square().sum() / (x - x.mean(0)).square().sum()
+        assert float(noise) < 0.01  # rank 10 of 64 dims: 10 x 4 bits and more fit easily
+
+
+def test_key_price_is_output_energy_of_logit_errors() -> None:
+    """`key_metric` against its definition, head by head."""
+    layer, _ = planted(1, modalities=1)
+    second = layer.moments.value.second[0].view(N, G, D, G, D)
+    mean = layer.moments.value.mean[0].view(HK, D)
+    for head in range(HK):
+        block = second[head // G, head % G, :, head % G, :]
+        covariance = block - torch.outer(mean[head], mean[head])
+        price = layer.scale**2 * torch.trace(layer.gram[head] @ covariance)
+        torch.testing.assert_close(key_metric(layer)[head], price * layer.moments.query[head])
+        torch.testing.assert_close(value_metric(layer)[head], layer.gram[head])
+    energy = sum(
+        float(torch.trace(layer.gram[h] @ second[h // G, h % G, :, h % G, :])) for h in range(HK)
+    )
+    assert output_energy(layer) == pytest.approx(energy)
+
+
+def test_layers_are_priced_relative_to_their_own_output() -> None:
+    """An output projection ten times as large changes neither ranks nor bits."""
+    plain = [planted(0)[0], planted(1)[0]]
+    loud = [plain[0], planted(1, gram_scale=10.0)[0]]
+    options = {"ratio": 8, "heads_per_group": G, "regularization": 1e-2}
+    assert assemble(plain, **options)[0] == assemble(loud, **options)[0]
+
+
+def test_layer_weights_move_bytes() -> None:
+    layers = [planted(0)[0], planted(1)[0]]
+    options = {"ratio": 10, "heads_per_group": G, "regularization": 1e-2}
+    even, _ = assemble(layers, **options)
+    tilted, _ = assemble(layers, layer_weights=[100.0, 0.01], **options)
+    assert tilted[0].bytes_per_token > even[0].bytes_per_token
+    assert tilted[1].bytes_per_token < even[1].bytes_per_token
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [1.0, 1.0, 1.0]])
+def test_bad_layer_weights_are_refused(weights: list[float]) -> None:
+    layers = [planted(0)[0], planted(1)[0]]
+    with pytest.raises(ConfigError, match="expected 2 positive numbers, one per layer"):
+        assemble(layers, ratio=8, heads_per_group=G, regularization=1e-2, layer_weights=weights)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.9, 26.0, 1000.0])
+def test_unreachable_ratio_names_the_range(ratio: float) -> None:
+    # dense: 512 bytes; least: 4 units x (4 + 1) = 20 bytes; most: 4 units x (64 + 1) = 260 bytes
+    layer, _ = planted(0)
+    with pytest.raises(BudgetError, match=r"smallest ratio is 1\.97 .* largest is 25\.60"):
+        assemble([layer], ratio=ratio, heads_per_group=G, regularization=1e-2)
+
+
+def test_the_named_range_can_be_met() -> None:
+    layer, _ = planted(0)
+    assert Budget(1, HK, D, G).ratio_range() == (512 / 260, 512 / 20)
+    for ratio, bytes_per_token in ((25.6, 20), (1.97, 260)):
+        (header,), _ = assemble([layer], ratio=ratio, heads_per_group=G, regularization=1e-2)
+        assert header.bytes_per_token <= bytes_per_token

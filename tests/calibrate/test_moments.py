@@ -1,0 +1,121 @@
+"""The streaming accumulator against moments computed in one go from plain tensors."""
+
+import pytest
+import torch
+
+from vllm_attentionpack.calibrate.moments import MomentAccumulator, auto_group_size
+from vllm_attentionpack.codec.positions import Rotary
+
+HQ, HK, D, G, T = 6, 4, 16, 2, 200
+N = HK // G
+ROTARY = Rotary(torch.tensor([1.0, 0.3, 0.1, 0.02], dtype=torch.float64))
+POSITIONS = torch.arange(T) * 3 + 5
+
+
+def tokens(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    # means far from zero, heads that depend on each other
+    mix = torch.randn(HK * D, HK * D, generator=generator)
+    query = torch.randn(T, HQ, D, generator=generator) + 1
+    key = (torch.randn(T, HK * D, generator=generator) @ mix).view(T, HK, D) + 3
+    value = (torch.randn(T, HK * D, generator=generator) @ mix.T).view(T, HK, D) - 2
+    return query, key, value
+
+
+def visual_mask() -> torch.Tensor:
+    return torch.arange(T) % 3 == 1
+
+
+def accumulate(
+    rotary: Rotary | None, *sizes: int, visual: torch.Tensor | None
+) -> MomentAccumulator:
+    """Adds the same tokens in pieces of `sizes`."""
+    query, key, value = tokens(0)
+    if rotary is not None:
+        query, key = rotary.turn(query, POSITIONS), rotary.turn(key, POSITIONS)
+    moments = MomentAccumulator(HQ, HK, D, G, rotary)
+    start = 0
+    for size in sizes:
+        part = slice(start, start + size)
+        moments.add(
+            query[part],
+            key[part],
+            value[part],
+            None if rotary is None else POSITIONS[part],
+            None if visual is None else visual[part],
+        )
+        start += size
+    assert start == T
+    return moments
+
+
+def expected_group(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    grouped = x.double().view(len(x), N, G * D)
+    return torch.einsum("tna,tnb->nab", grouped, grouped) / len(x), grouped.mean(0)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(T,), (1, 99, 100), (7, 64, 29, 100)])
+def test_two_modalities_equal_direct_computation(sizes: tuple[int, ...]) -> None:
+    query, key, value = tokens(0)
+    visual = visual_mask()
+    result = accumulate(None, *sizes, visual=visual).finalize(64, 2)
+    assert result.count.tolist() == [int((~visual).sum()), int(visual.sum())]
+    for m, chosen in enumerate((~visual, visual)):
+        for moments, x in ((result.key, key), (result.value, value)):
+            second, mean = expected_group(x[chosen])
+            close(moments.second[m], second)
+            close(moments.mean[m], mean)
+    q = query.double()
+    close(result.query, torch.einsum("tha,thb->hab", q, q) / T)
+
+
+def test_pooling_modalities_equals_never_parting_them() -> None:
+    pooled = accumulate(ROTARY, 150, 50, visual=visual_mask()).finalize(1000, 1)
+    plain = accumulate(ROTARY, 150, 50, visual=None).finalize(1000, 1)
+    assert pooled.count.tolist() == plain.count.tolist() == [T]
+    close(pooled.key.second, plain.key.second)
+    close(pooled.value.mean, plain.value.mean)
+
+
+def test_rotated_moments_are_those_of_every_position_alike() -> None:
+    """Turned back by their own positions and averaged, instead of taken where they stood."""
+    query, key, value = tokens(0)
+    num_positions = 37
+    result = accumulate(ROTARY, 100, 100, visual=None).finalize(num_positions, 1)
+    everywhere_key = torch.cat(
+        [ROTARY.turn(key, torch.full((T,), n)) for n in range(num_positions)]
+    )
+    second, mean = expected_group(everywhere_key)
+    close(result.key.second[0], second)
+    close(result.key.mean[0], mean)
+    everywhere_query = torch.cat(
+        [ROTARY.turn(query, torch.full((T,), n)) for n in range(num_positions)]
+    ).double()
+    close(
+        result.query,
+        torch.einsum("tha,thb->hab", everywhere_query, everywhere_query) / len(everywhere_query),
+    )
+    second, mean = expected_group(value)  # values do not turn
+    close(result.value.second[0], second)
+    close(result.value.mean[0], mean)
+
+
+def test_visual_tokens_alone_are_one_modality() -> None:
+    moments = accumulate(None, T, visual=torch.ones(T, dtype=torch.bool))
+    assert moments.count.tolist() == [0, T]
+    result = moments.finalize(1, 1)
+    close(result.key.mean[0], expected_group(tokens(0)[1])[1])
+
+
+@pytest.mark.parametrize(
+    ("heads", "size", "expected"),
+    [(8, 128, 8), (32, 128, 8), (2, 64, 2), (12, 128, 6), (7, 128, 7), (1, 2048, 1), (10, 256, 2)],
+)
+def test_auto_group_size_divides_and_stays_below_1024_dims(
+    heads: int, size: int, expected: int
+) -> None:
+    assert auto_group_size(heads, size) == expected
