@@ -1,0 +1,148 @@
+"""Calibration inside the real engine: what it gathers is what the model computes."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_attentionpack.calibrate.run import calibrate
+from vllm_attentionpack.errors import BudgetError, ConfigError
+from vllm_attentionpack.packfile import load_pack
+
+pytestmark = pytest.mark.engine
+
+ROOT = Path(__file__).parents[2]
+VLM = ROOT / "examples/reference-vlm"
+
+HEADS, KV_HEADS, D, LAYERS = 4, 2, 32, 2
+ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+TEXTS = ["The quick brown fox jumps over the lazy dog. " * 6, "Pack my box with liquor jugs. " * 3]
+
+
+def test_reference_vlm_twice_gives_the_same_pack(tmp_path: Path) -> None:
+    files = [tmp_path / "first.safetensors", tmp_path / "second.safetensors"]
+    for file in files:
+        calibrate(str(VLM / "model"), VLM / "calibrate.jsonl", 8, file, max_tokens=2000)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+    header = load_pack(files[0]).header
+    assert [layer.name for layer in header.layers] == [
+        f"language_model.model.layers.{i}.self_attn.attn" for i in range(4)
+    ]
+    assert header.compression_ratio >= 8
+    assert header.bytes_per_token <= 2048 / 8  # 4 layers x 2 heads x 64 dims x (K, V) x 2 bytes
+    assert (header.heads_per_group, header.num_modalities, header.max_context) == (2, 2, 8192)
+    # one wave (32 prompts) beyond the limit at most, and no token of start-up or generation
+    assert 2000 <= header.provenance.tokens < 8000
+    assert 64 <= header.provenance.visual_tokens < header.provenance.tokens / 2
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama whose biases make every mean and covariance different from its neighbours."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(VLM / "model")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=D,
+        max_position_embeddings=256,
+        rope_parameters=ROPE,
+        attention_bias=True,
+        initializer_range=0.3,
+    )
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("proj.bias"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return file
+
+
+def projections(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """Per layer, of all texts: queries, keys, values before rotation, by transformers."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for layer in model.model.layers:
+        seen: dict[str, list[torch.Tensor]] = {name: [] for name in ("q", "k", "v")}
+        handles = [
+            getattr(layer.self_attn, f"{name}_proj").register_forward_hook(
+                lambda module, args, out, kept=kept: kept.append(out[0].view(-1, out.shape[-1]))
+            )
+            for name, kept in seen.items()
+        ]
+        with torch.inference_mode():
+            for text in TEXTS:
+                model(torch.tensor([tokenizer.encode(text)]))
+        for handle in handles:
+            handle.remove()
+        gathered = {name: torch.cat(kept).double() for name, kept in seen.items()}
+        gathered["o"] = layer.self_attn.o_proj.weight.detach().double()
+        yield gathered
+
+
+def test_statistics_are_what_the_model_computes(llama: Path, texts: Path) -> None:
+    """Un-rotated moments and output projections against transformers; refusals on the way."""
+    from vllm_attentionpack.calibrate.collector import Collector
+    from vllm_attentionpack.calibrate.engine import feed, statistics_engine
+    from vllm_attentionpack.evaluate.data import read_dataset
+
+    with statistics_engine(str(llama), 0, {"dtype": "float32"}) as llm:
+        with pytest.raises(ConfigError, match=r"group size is 3, .* allowed are 1, 2 and 'auto'"):
+            llm.apply_model(lambda model: Collector.install(model, 3))
+        (collector,) = llm.apply_model(lambda model: Collector.install(model, "auto"))
+        feed(llm, read_dataset(texts), lambda: collector.tokens, None, 0, lambda *_: None)
+        collector.remove()
+        feed(llm, read_dataset(texts), lambda: collector.tokens, None, 0, lambda *_: None)
+        tokens, visual_tokens = collector.tokens, collector.visual_tokens
+        # averaged over one position only: as if keys had never been rotated
+        layers = collector.statistics(1, 1, torch.float32)
+
+    assert len(layers) == LAYERS
+    for i, (layer, expected) in enumerate(zip(layers, projections(llama), strict=True)):
+        assert layer.name == f"model.layers.{i}.self_attn.attn"
+        assert layer.scale == pytest.approx(D**-0.5)
+        assert (tokens, visual_tokens) == (len(expected["k"]), 0)
+        for moments, x in (
+            (layer.moments.key, expected["k"]),
+            (layer.moments.value, expected["v"]),
+        ):
+            torch.testing.assert_close(moments.second[0, 0], x.T @ x / len(x), rtol=1e-3, atol=1e-2)
+            torch.testing.assert_close(moments.mean[0, 0], x.mean(0), rtol=1e-3, atol=1e-3)
+        q = expected["q"].view(-1, HEADS, D)
+        second = torch.einsum("tha,thb->hab", q, q) / len(q)
+        torch.testing.assert_close(layer.moments.query, second, rtol=1e-3, atol=1e-2)
+        rows = expected["o"].T.view(HEADS, D, -1)
+        torch.testing.assert_close(layer.gram, rows @ rows.mT, rtol=1e-4, atol=1e-4)
+
+
+def test_unreachable_ratio_is_refused_before_the_work(llama: Path, texts: Path) -> None:
+    # 2 layers x (2 units x (4 + 1)) = 20 bytes of 2 x 256 at the least
+    with pytest.raises(BudgetError, match=r"smallest ratio is 1\.97 .* largest is 25\.60"):
+        calibrate(str(llama), texts, 40, dtype="float32")
