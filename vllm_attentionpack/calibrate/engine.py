@@ -154,7 +154,7 @@ def _run(llm: "LLM", wave: list[RenderedPrompt], dataset: Dataset) -> None:
     sampling = SamplingParams(max_tokens=1, temperature=0.0)
     for rendered in wave:
         try:
-            llm.enqueue(rendered.prompt, sampling, use_tqdm=False)  # type: ignore[arg-type]
+            llm.enqueue(rendered.prompt, sampling, use_tqdm=False)
         except ValueError as error:
             raise CalibrationDataError(
                 f"line {rendered.item.line} of '{dataset.path}' cannot be used with this model "

@@ -85,14 +85,12 @@ def _check_alike(layers: list[Attention]) -> None:
 
 
 def _site(modules: dict[str, nn.Module], path: str, layer: Attention) -> AttentionSite:
-    rotary = next(
-        (
-            ancestor.rotary_emb
-            for ancestor in _ancestors(modules, path)
-            if isinstance(getattr(ancestor, "rotary_emb", None), nn.Module)
-        ),
-        None,
-    )
+    rotary = None
+    for ancestor in _ancestors(modules, path):
+        candidate = getattr(ancestor, "rotary_emb", None)
+        if isinstance(candidate, nn.Module):
+            rotary = candidate
+            break
     return AttentionSite(layer, rotary, _output_projection(modules, path, layer))
 
 

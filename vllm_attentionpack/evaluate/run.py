@@ -1,5 +1,6 @@
 """Evaluation from end to end: the same data through a dense and a compacted engine."""
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,18 @@ class Evaluation(BaseModel):
     ratio: float
     bytes_per_token: dict[str, int]
     kv_tokens: dict[str, int]
+
+    def to_json(self) -> str:
+        """One JSON object: the overall figures at the top, everything else beside them."""
+        fields = self.model_dump()
+        return json.dumps(fields.pop("overall") | fields)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Evaluation":
+        """The inverse of `to_json`, of the parsed object."""
+        own = {name: fields[name] for name in cls.model_fields if name != "overall"}
+        overall = {name: fields[name] for name in Comparison.model_fields}
+        return cls(overall=Comparison(**overall), **own)
 
 
 def evaluate(
