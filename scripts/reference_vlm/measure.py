@@ -3,10 +3,10 @@
 import json
 import math
 import os
-import platform
 from collections import defaultdict
-from importlib.metadata import version
 from pathlib import Path
+
+from vllm_attentionpack.report.machine import describe_machine
 
 MAX_MODEL_LEN = 2048
 MAX_IMAGES = 16
@@ -47,7 +47,7 @@ def measure(folder: Path, name: str) -> dict:
             "score": "exact match of the whole answer",
             "max_model_len": MAX_MODEL_LEN,
         },
-        "machine": _machine(),
+        "machine": describe_machine(),
         "items": len(items),
         "prompt_tokens": _spread([len(a.prompt_token_ids) for a in answers]),
         "overall": _rates({"all": list(range(len(chats)))}, right)["all"],
@@ -133,25 +133,3 @@ def _text_loss(texts: list[str], outputs: list) -> dict:
 
 def _spread(lengths: list[int]) -> dict[str, int]:
     return {"min": min(lengths), "median": sorted(lengths)[len(lengths) // 2], "max": max(lengths)}
-
-
-def _machine() -> dict[str, str]:
-    return {
-        "cpu": _cpu_model(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers")},
-        "vllm": _vllm_version(),
-    }
-
-
-def _vllm_version() -> str:
-    import vllm
-
-    return vllm.__version__
-
-
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()

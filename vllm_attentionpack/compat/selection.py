@@ -10,6 +10,7 @@ Remove when: CPU honours an out-of-tree backend (`cpu-honour-selected-backend.pa
 from collections.abc import Callable
 from typing import Any
 
+from vllm_attentionpack.codec.layout import BLOCK_SIZE_MULTIPLE
 from vllm_attentionpack.compat import layer_spec, modality
 from vllm_attentionpack.compat.features import check_features
 from vllm_attentionpack.compat.wrap import wrap_method
@@ -27,6 +28,7 @@ _EXPLANATIONS = {
     "multimodal token full attention": "visual tokens of this model attend in both directions",
     "encoder_decoder": "cross-attention keys are not decoder keys",
     "kv_cache_dtype": "the pack decides how keys and values are stored; drop --kv-cache-dtype",
+    "block_size": f"--block-size must be a multiple of {BLOCK_SIZE_MULTIPLE}",
 }
 
 
@@ -110,4 +112,4 @@ def refusal(reasons: list[str]) -> str:
             "Sliding-window layers keep their dense cache; select the backend for the "
             f"full-attention layers only: {PER_KIND_OPTION} instead of --attention-backend."
         )
-    return message + "Serve this model with another --attention-backend."
+    return message + "Change what is named, or serve with another --attention-backend."

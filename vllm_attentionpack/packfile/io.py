@@ -4,15 +4,17 @@ A digest over the header and every tensor guards against damage and careless edi
 attacker.
 """
 
+import contextlib
 import hashlib
-import json
 import os
+import reprlib
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from vllm_attentionpack.codec.codec import Basis
@@ -22,28 +24,42 @@ from vllm_attentionpack.packfile.schema import FORMAT_VERSION, LayerPack, Pack, 
 
 _HEADER_KEY = "attentionpack"
 _DIGEST_KEY = "attentionpack.sha256"
+_Schema = TypeVar("_Schema", bound=BaseModel)
 _BASIS_FIELDS = ("mean", "encode", "decode", "weight")
 
 
 def save_pack(pack: Pack, path: str | os.PathLike[str]) -> None:
-    """Writes a pack; the file appears whole or not at all."""
+    """Writes a pack; the file appears whole or not at all.
+
+    Raises:
+        PackFileError: the file cannot be written.
+    """
     header = pack.header.model_dump_json()
     tensors: dict[str, Tensor] = {}
     for i, layer in enumerate(pack.layers):
         for g, (bases, variance) in enumerate(zip(layer.bases, layer.variance, strict=True)):
             for kind in KINDS:
                 prefix = _prefix(i, g, kind)
-                for field, tensor in bases[kind].tensors().items():
-                    tensors[prefix + field] = (
-                        tensor.cpu().clone()
-                    )  # safetensors refuses shared memory
-                tensors[prefix + "variance"] = variance[kind].float().cpu().clone()
+                fields = {**bases[kind].tensors(), "variance": variance[kind].float()}
+                for field, tensor in fields.items():
+                    # safetensors refuses views and shared memory
+                    tensors[prefix + field] = tensor.cpu().contiguous().clone()
     metadata = {_HEADER_KEY: header, _DIGEST_KEY: _digest(header, tensors)}
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    save_file(tensors, partial, metadata)
-    os.replace(partial, target)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # not `save_file`: what it writes can be read by its owner alone
+        partial.write_bytes(save(tensors, metadata))
+        os.replace(partial, target)
+    except OSError as error:
+        raise PackFileError(
+            f"the pack cannot be written to '{target}' ({error}). Give the path of a file in a "
+            "folder that can be written to and has room."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def read_header(path: str | os.PathLike[str]) -> PackHeader:
@@ -53,7 +69,7 @@ def read_header(path: str | os.PathLike[str]) -> PackHeader:
         PackFileError: missing, truncated or foreign file, newer format, invalid header.
     """
     target = Path(path)
-    if not target.is_file():
+    if not os.path.isfile(target):  # `Path.is_file` raises where a name is too long
         raise PackFileError(
             f"no pack file at '{target}'. "
             "Give the path of a file made by 'attentionpack calibrate'."
@@ -111,28 +127,46 @@ def load_pack(path: str | os.PathLike[str]) -> Pack:
 
 
 def _parse_header(target: Path, text: str) -> PackHeader:
-    try:
-        raw = json.loads(text)
-        version = raw["format_version"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise PackFileError(
-            f"the header of '{target}' is not valid ({error}). Calibrate again."
-        ) from error
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    version = _validated(target, _Version, text).format_version
+    if version > FORMAT_VERSION:
         raise PackFileError(
             f"'{target}' has pack format {version}; this version of vllm-attentionpack reads "
             f"formats up to {FORMAT_VERSION}. Upgrade vllm-attentionpack or calibrate again."
         )
+    header = _validated(target, PackHeader, text)
     try:
-        header = PackHeader.model_validate(raw)
         header.layouts()
-    except (ValidationError, ValueError) as error:
-        first = str(error).replace("\n", " ")
-        raise PackFileError(
-            f"the header of '{target}' is not valid ({first}). Calibrate again."
-        ) from error
+    except ValueError as error:
+        raise _invalid(target, str(error)) from error
     _check_consistency(target, header)
     return header
+
+
+class _Version(BaseModel):
+    """All that is read of a header before its format is known."""
+
+    format_version: int
+
+
+def _validated(target: Path, schema: type[_Schema], text: str) -> _Schema:
+    try:
+        return schema.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        raise _invalid(target, _first_problem(error)) from error
+
+
+def _invalid(target: Path, problem: str) -> PackFileError:
+    return PackFileError(f"the header of '{target}' is not valid: {problem}. Calibrate again.")
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    key = ".".join(map(str, problem["loc"]))
+    if not key:
+        return problem["msg"]
+    if problem["type"] == "missing":
+        return f"'{key}' is missing"
+    return f"'{key}' = {reprlib.repr(problem['input'])}: {problem['msg']}"
 
 
 def _check_consistency(target: Path, header: PackHeader) -> None:
@@ -142,7 +176,12 @@ def _check_consistency(target: Path, header: PackHeader) -> None:
             f"the header of '{target}' names {len(header.layers)} layers for a model of "
             f"{header.fingerprint.num_layers}. Calibrate again."
         )
+    names = [layer.name for layer in header.layers]
     for layer in header.layers:
+        if names.count(layer.name) > 1:
+            raise PackFileError(
+                f"the header of '{target}' names the layer '{layer.name}' twice. Calibrate again."
+            )
         if len(layer.groups) * header.heads_per_group != heads:
             raise PackFileError(
                 f"layer '{layer.name}' of '{target}' has {len(layer.groups)} head groups of "

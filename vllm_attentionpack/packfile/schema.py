@@ -7,7 +7,7 @@ Tensors are named `layers.<i>.groups.<g>.<key|value>.<mean|encode|decode|weight>
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor
 
 from vllm_attentionpack.codec.codec import Basis, LayerCodec
@@ -100,7 +100,7 @@ class PackHeader(_Frozen):
     provenance: Provenance
     heads_per_group: PositiveInt
     num_modalities: Annotated[int, Field(ge=1, le=2)]
-    ratio: PositiveFloat
+    ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     max_context: PositiveInt
     layers: tuple[LayerHeader, ...]
 
