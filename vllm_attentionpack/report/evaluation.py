@@ -14,22 +14,15 @@ def evaluation_table(evaluation: Evaluation) -> Table:
             f"{evaluation.ratio:.2f}x: {sizes['dense']:,} -> {sizes['packed']:,} bytes per token, "
             f"{capacity['dense']:,} -> {capacity['packed']:,} tokens of KV cache"
         ),
-        caption="compacted engine: every token, prompts included, attends to codes",
+        caption=(
+            "KL: nats per scored token; right, same: generated answers equal to the given one, to "
+            "the dense one. Compacted: every token, prompts included, attends to codes."
+        ),
     )
-    table.add_column("items")
-    for name in (
-        "n",
-        "KL (nats)",
-        "top-1",
-        "perplexity",
-        "dense",
-        "accuracy",
-        "dense",
-        "same answer",
-    ):
-        table.add_column(name, justify="right")
+    for name in ("items", "n", "KL", "top-1", "ppl", "(dense)", "right", "(dense)", "same"):
+        table.add_column(name, justify="left" if name == "items" else "right", no_wrap=True)
     for name, row in [("all", evaluation.overall), *evaluation.groups.items()]:
-        table.add_row(name, *_cells(row))
+        table.add_row(name.partition("=")[2] or name, *_cells(row))
     return table
 
 

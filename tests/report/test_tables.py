@@ -1,0 +1,52 @@
+"""What people look at says what was measured."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from vllm_attentionpack.evaluate.compare import Comparison
+from vllm_attentionpack.evaluate.run import Evaluation
+from vllm_attentionpack.report.evaluation import evaluation_table
+from vllm_attentionpack.report.machine import describe_machine
+from vllm_attentionpack.report.readme import with_figures
+
+ROOT = Path(__file__).parents[2]
+ROW = Comparison(
+    kl=0.01234,
+    top1_agreement=0.987,
+    ppl_dense=2.5,
+    ppl=2.75,
+    accuracy_dense=0.9,
+    accuracy=0.8,
+    answer_agreement=0.85,
+    n=40,
+    tokens=400,
+)
+
+
+def test_evaluation_table_shows_every_figure_in_a_narrow_terminal():
+    evaluation = Evaluation(
+        overall=ROW,
+        groups={"kind=text": ROW.model_copy(update={"accuracy": None})},
+        ratio=7.9,
+        bytes_per_token={"dense": 2048, "packed": 259},
+        kv_tokens={"dense": 1000, "packed": 7900},
+    )
+    console = Console(width=80, record=True)
+    console.print(evaluation_table(evaluation))
+    shown = console.export_text()
+    for figure in ("7.90x", "2,048", "259", "7,900", "0.0123", "98.7%", "2.750", "2.500", "80.0%"):
+        assert figure in shown, figure
+    assert "…" not in shown
+    assert "text" in shown and "kind=" not in shown
+
+
+def test_readme_figures_are_those_of_the_result_files():
+    readme = (ROOT / "README.md").read_text()
+    assert "<!-- figures: reference_vlm_packs -->" in readme
+    assert with_figures(readme, ROOT / "docs" / "results") == readme
+
+
+def test_machine_is_described():
+    facts = describe_machine()
+    assert facts["cpu"] and facts["torch"] and facts["vllm"].startswith("0.3")
