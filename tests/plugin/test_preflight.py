@@ -1,0 +1,381 @@
+"""Start-up checks: every refusal names what was received, what is allowed and what to do."""
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.packs import identity_pack, pack_of
+from vllm_attentionpack.attention.fingerprint import check_fingerprint, fingerprint, rope_json
+from vllm_attentionpack.attention.preflight import check
+from vllm_attentionpack.codec.codec import Basis, identity_codec
+from vllm_attentionpack.errors import (
+    ConfigError,
+    PackFileError,
+    PackMismatchError,
+    UnsupportedModelError,
+    UnsupportedVersionError,
+)
+from vllm_attentionpack.packfile import Fingerprint, LayerPack, Pack, save_pack
+
+REFERENCE = Path(__file__).parents[2] / "examples" / "reference-vlm" / "model"
+ROPE = {"rope_parameters": {"rope_theta": 10000}}
+PRINT = Fingerprint(
+    architecture="LlamaForCausalLM",
+    num_layers=2,
+    num_query_heads=8,
+    num_kv_heads=4,
+    head_size=32,
+    rope=json.dumps(ROPE),
+)
+NAMES = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
+
+
+def model(**changes: Any) -> SimpleNamespace:
+    """vLLM's configuration of a model that `PRINT` fits."""
+    text = {"layer_types": ["full_attention"] * 2, **ROPE, **changes.pop("text", {})}
+    sliding_window = text.pop("sliding_window", None)
+    return SimpleNamespace(
+        **{
+            "model": "models/tiny",
+            "architecture": "LlamaForCausalLM",
+            "model_arch_config": SimpleNamespace(
+                total_num_hidden_layers=2,
+                total_num_attention_heads=8,
+                total_num_kv_heads=4,
+                head_size=32,
+            ),
+            "hf_text_config": SimpleNamespace(**text),
+            "max_model_len": 2048,
+            "use_mla": False,
+            "is_encoder_decoder": False,
+            "attn_type": "decoder",
+            "is_hybrid": False,
+            "uses_alibi": False,
+            "is_mm_prefix_lm": False,
+            "get_sliding_window": lambda: sliding_window,
+            **changes,
+        }
+    )
+
+
+def engine(pack: Path | None, **sections: Any) -> SimpleNamespace:
+    """A configuration that selects the backend; `sections` change its parts."""
+    chosen = SimpleNamespace(name="ATTENTIONPACK")
+    parts: dict[str, dict[str, Any]] = {
+        "cache_config": {"cache_dtype": "auto", "block_size": 128, "sliding_window": None},
+        "parallel_config": {
+            "tensor_parallel_size": 1,
+            "pipeline_parallel_size": 1,
+            "decode_context_parallel_size": 1,
+            "prefill_context_parallel_size": 1,
+            "use_ubatching": False,
+        },
+        "attention_config": {"backend": chosen, "backend_per_kind": {}},
+    }
+    return SimpleNamespace(
+        additional_config={"attentionpack": {"pack": str(pack)}} if pack else {},
+        model_config=sections.pop("model", model()),
+        **{
+            name: SimpleNamespace(**{**values, **sections.get(name, {})})
+            for name, values in parts.items()
+        },
+    )
+
+
+@pytest.fixture
+def pack(tmp_path) -> Path:
+    path = tmp_path / "tiny.pack.safetensors"
+    save_pack(identity_pack(PRINT, NAMES, heads_per_group=2), path)
+    return path
+
+
+@pytest.fixture
+def pack_of_two_modalities(tmp_path) -> Path:
+    pack = identity_pack(PRINT, NAMES, heads_per_group=2)
+    layers = [
+        LayerPack(
+            bases=[
+                {k: Basis(**{n: torch.cat([t, t]) for n, t in b.tensors().items()}) for k, b in g}
+                for g in map(dict.items, layer.bases)
+            ],
+            variance=[{k: torch.cat([v, v]) for k, v in g.items()} for g in layer.variance],
+        )
+        for layer in pack.layers
+    ]
+    path = tmp_path / "two.pack.safetensors"
+    save_pack(Pack(pack.header.model_copy(update={"num_modalities": 2}), layers), path)
+    return path
+
+
+def refusal(kind: type[Exception], config: SimpleNamespace) -> str:
+    with pytest.raises(kind) as raised:
+        check(config)
+    assert type(raised.value) is kind
+    return str(raised.value)
+
+
+def test_a_fitting_configuration_passes_without_a_word(pack, caplog):
+    check(engine(pack))
+    check(engine(pack, parallel_config={"tensor_parallel_size": 2, "pipeline_parallel_size": 2}))
+    check(engine(pack, cache_config={"block_size": None}))
+    assert not caplog.records
+
+
+# The pack
+
+
+def test_no_pack_is_configured(monkeypatch):
+    monkeypatch.delenv("ATTENTIONPACK_PACK", raising=False)
+    message = refusal(ConfigError, engine(None))
+    assert "needs a pack and none is configured" in message and "--additional-config" in message
+
+
+def test_the_pack_is_missing(tmp_path):
+    message = refusal(PackFileError, engine(tmp_path / "absent"))
+    assert "no pack file at" in message and "attentionpack calibrate" in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("architecture", "Qwen2ForCausalLM"),
+        ("num_query_heads", 16),
+        ("num_kv_heads", 2),
+        ("head_size", 64),
+        ("num_layers", 1),
+        ("rope", '{"rope_parameters": {"rope_theta": 500000}}'),
+    ],
+)
+def test_the_pack_belongs_to_another_model(pack, field, value):
+    arch = {
+        "num_query_heads": "total_num_attention_heads",
+        "num_kv_heads": "total_num_kv_heads",
+        "head_size": "head_size",
+        "num_layers": "total_num_hidden_layers",
+    }
+    other = model()
+    if field == "architecture":
+        other.architecture = value
+    elif field == "rope":
+        other.hf_text_config.rope_parameters = json.loads(value)["rope_parameters"]
+    else:
+        setattr(other.model_arch_config, arch[field], value)
+    message = refusal(PackMismatchError, engine(pack, model=other))
+    assert f"{field} is {getattr(PRINT, field)} in the pack and {value} in the model" in message
+    assert str(pack) in message and "attentionpack calibrate" in message
+
+
+def test_the_head_groups_do_not_divide_over_the_devices(pack):
+    message = refusal(PackMismatchError, engine(pack, parallel_config={"tensor_parallel_size": 4}))
+    assert "tensor_parallel_size is 4" in message and "allowed degrees are [1, 2]" in message
+
+
+def test_contexts_beyond_the_calibrated_ones_get_a_warning(tmp_path, caplog):
+    codec = identity_codec(4, 32, 2)
+    path = tmp_path / "short.pack.safetensors"
+    save_pack(pack_of(lambda _: codec, PRINT, NAMES, max_context=1024), path)
+    with caplog.at_level(logging.WARNING, logger="vllm.attentionpack"):
+        check(engine(path))
+    assert "max_model_len is 2048" in caplog.text and "up to 1024 tokens" in caplog.text
+    assert "not calibrated" in caplog.text and "--max-model-len 1024" in caplog.text
+
+
+# The model
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"use_mla": True}, "multi-head latent attention (MLA)"),
+        ({"is_encoder_decoder": True}, "an encoder and a decoder"),
+        ({"attn_type": "encoder_only"}, "encoder-only attention"),
+        ({"attn_type": "attention_free"}, "no attention"),
+        ({"is_hybrid": True}, "state-space or linear-attention layers"),
+        ({"uses_alibi": True}, "ALiBi"),
+        ({"is_mm_prefix_lm": True}, "attention in both directions"),
+        ({"text": {"layer_types": ["chunked_attention", "full_attention"]}}, "chunked local"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_model_attends_in_another_way(pack, changes, words):
+    message = refusal(UnsupportedModelError, engine(pack, model=model(**changes)))
+    assert f"'models/tiny' (LlamaForCausalLM) has {words}" in message
+    assert "causal full attention" in message and "another --attention-backend" in message
+
+
+def test_every_layer_has_a_sliding_window(pack):
+    message = refusal(UnsupportedModelError, engine(pack, cache_config={"sliding_window": 512}))
+    assert "a sliding window in every layer" in message
+
+
+MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}
+
+
+def test_some_layers_have_a_sliding_window(pack):
+    message = refusal(UnsupportedModelError, engine(pack, model=model(text=MIXED)))
+    assert """--attention-config '{"backend_per_kind": {"full_attention": "ATTENTIONPACK"}}'""" in (
+        message
+    )
+
+
+def test_the_full_attention_layers_of_a_mixed_model_may_be_selected(pack):
+    chosen = {"full_attention": SimpleNamespace(name="ATTENTIONPACK")}
+    attention = {"backend": None, "backend_per_kind": chosen}
+    check(engine(pack, model=model(text=MIXED), attention_config=attention))
+    check(engine(pack, model=model(text={**MIXED, "sliding_window": None})))
+
+
+# Options
+
+
+def test_another_cache_dtype(pack):
+    message = refusal(ConfigError, engine(pack, cache_config={"cache_dtype": "fp8"}))
+    assert "KV cache dtype is 'fp8'" in message and "must be 'auto'" in message
+    assert "Drop --kv-cache-dtype" in message
+
+
+def test_a_block_size_that_no_plane_fits(pack):
+    message = refusal(ConfigError, engine(pack, cache_config={"block_size": 40}))
+    assert "--block-size is 40" in message and "multiple of 16, such as 48" in message
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_context_parallelism(pack, kind):
+    parallel = {f"{kind}_context_parallel_size": 2}
+    message = refusal(ConfigError, engine(pack, parallel_config=parallel))
+    assert f"--{kind}-context-parallel-size is 2" in message and "supports only 1" in message
+
+
+def test_pipeline_stages_do_not_know_the_modality(pack_of_two_modalities):
+    parallel = {"pipeline_parallel_size": 2}
+    message = refusal(ConfigError, engine(pack_of_two_modalities, parallel_config=parallel))
+    assert "--pipeline-parallel-size is 2" in message and "only the first stage" in message
+    assert "modalities: 1" in message
+    check(engine(pack_of_two_modalities))
+
+
+def test_micro_batches_do_not_know_the_modality(pack_of_two_modalities, pack):
+    parallel = {"use_ubatching": True}
+    message = refusal(ConfigError, engine(pack_of_two_modalities, parallel_config=parallel))
+    assert "--enable-dbo" in message and "modalities: 1" in message
+    check(engine(pack, parallel_config=parallel))
+
+
+# The fingerprint
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "type": "mrope"}},
+        {"rope_parameters": {"rope_theta": 1e4}, "rope_theta": 1e4, "rope_scaling": None},
+        {"rope_parameters": {"rope_theta": 10000, "factor": None}},
+    ],
+)
+def test_rope_is_canonical(text):
+    assert rope_json(SimpleNamespace(**text)) == PRINT.rope
+
+
+def test_rope_keeps_what_turns_heads_differently():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}
+    nested = {"full_attention": yarn, "sliding_attention": {"rope_theta": 1e4}}
+    stated = [
+        {},
+        {"rope_theta": 1e4},
+        {"rope_theta": 1e4, "rope_scaling": yarn},
+        {"rope_parameters": yarn},
+        {"rope_parameters": {**yarn, "factor": 2.0}},
+        {"rope_parameters": nested},
+        {"rope_parameters": yarn, "original_max_position_embeddings": 4096},
+    ]
+    texts = [rope_json(SimpleNamespace(**text)) for text in stated]
+    assert len(set(texts)) == len(texts)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"rope_parameters": {"rope_theta": 8000}}),
+        (
+            {"rope_parameters": {"full_attention": {"factor": 2}}},
+            {"rope_parameters": {"full_attention": {"factor": 2, "rope_theta": 8000}}},
+        ),
+    ],
+)
+def test_a_rotary_default_that_the_model_fills_in_is_no_difference(before, after):
+    def with_rope(rope):
+        return PRINT.model_copy(update={"rope": json.dumps(rope)})
+
+    check_fingerprint(with_rope(before), with_rope(after), "p")
+    check_fingerprint(with_rope(after), with_rope(before), "p")
+    different = with_rope({"rope_parameters": {"rope_theta": 9000}})
+    with pytest.raises(PackMismatchError):
+        check_fingerprint(different, with_rope({"rope_parameters": {"rope_theta": 8000}}), "p")
+
+
+def test_a_pack_may_cover_some_of_the_layers():
+    check_fingerprint(PRINT, PRINT.model_copy(update={"num_layers": 6}), "p")
+
+
+# In vLLM
+
+
+@pytest.fixture
+def engine_config(monkeypatch):
+    """`EngineArgs.create_engine_config` for the reference model; vLLM's own configuration."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_attentionpack.plugin import register
+
+    monkeypatch.delenv("ATTENTIONPACK_PACK", raising=False)
+    register()
+    return lambda **options: EngineArgs(
+        str(REFERENCE), max_model_len=256, enforce_eager=True, **options
+    ).create_engine_config()
+
+
+@pytest.mark.slow
+def test_the_reference_model_is_checked_at_start_up(engine_config, tmp_path):
+    config = engine_config()
+    found = fingerprint(config.model_config)
+    assert found == Fingerprint(
+        architecture="Qwen2VLForConditionalGeneration",
+        num_layers=4,
+        num_query_heads=4,
+        num_kv_heads=2,
+        head_size=64,
+        rope='{"rope_parameters": {"mrope_section": [8, 12, 12], "rope_theta": 10000}}',
+    )
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    names = [f"language_model.model.layers.{i}.self_attn.attn" for i in range(4)]
+    save_pack(identity_pack(found, names), good)
+    save_pack(identity_pack(PRINT, NAMES), bad)
+
+    def serve(pack: Path, **options: Any) -> Any:
+        section = {"attentionpack": {"pack": str(pack)}}
+        return engine_config(additional_config=section, **options)
+
+    config = serve(good, attention_backend="ATTENTIONPACK")
+    assert config.attention_config.backend.name == "ATTENTIONPACK"
+    with pytest.raises(PackMismatchError, match="architecture is LlamaForCausalLM in the pack"):
+        serve(bad, attention_backend="ATTENTIONPACK")
+    with pytest.raises(ConfigError, match="KV cache dtype is 'fp8'"):
+        serve(good, attention_backend="ATTENTIONPACK", kv_cache_dtype="fp8")
+    with pytest.raises(PackMismatchError):
+        serve(bad, attention_config={"backend_per_kind": {"full_attention": "ATTENTIONPACK"}})
+    assert serve(bad).attention_config.backend is None
+
+
+@pytest.mark.slow
+def test_a_missing_feature_is_loud_at_start_up(engine_config, monkeypatch):
+    from vllm_attentionpack.compat import features
+
+    monkeypatch.setitem(features._TO_SERVE, "Engine.flux", features._exists("vllm:Engine.flux"))
+    assert engine_config().attention_config.backend is None
+    with pytest.raises(UnsupportedVersionError, match=r"lacks Engine\.flux"):
+        engine_config(attention_backend="ATTENTIONPACK")
