@@ -34,7 +34,8 @@ def register() -> None:
     looked at when one of our backends is selected, which raises `UnsupportedVersionError`.
     """
     if os.environ.get(DISABLE_VARIABLE) == "1":
-        logger.info("vllm-attentionpack is disabled by %s=1.", DISABLE_VARIABLE)
+        # Not info: vLLM loads plugins before it has set up its log, which drops anything lower.
+        logger.warning("vllm-attentionpack is disabled by %s=1.", DISABLE_VARIABLE)
         return
     try:
         _register()

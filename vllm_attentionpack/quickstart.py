@@ -76,7 +76,7 @@ def _ask(model: str, pack: Path, log: Path, options: tuple[str, ...]) -> None:
     with serve(model, pack, log, (*options, *kv_cache)) as url:
         client = OpenAI(base_url=url, api_key="none")
         for item in islice(items, _QUESTIONS):
-            messages = [_with_data_urls(message) for message in item["messages"]]
+            messages: Any = [_with_data_urls(message) for message in item["messages"]]
             reply = client.chat.completions.create(
                 model=model, messages=messages, temperature=0.0, max_tokens=32
             )

@@ -142,7 +142,7 @@ def _score(llm: "LLM", items: Sequence[Item], top: int) -> list[Scored | None]:
 def _run(llm: "LLM", prompts: Sequence[RenderedPrompt], sampling: Sequence[Any]) -> list[Any]:
     for rendered, parameters in zip(prompts, sampling, strict=True):
         try:
-            llm.enqueue(rendered.prompt, parameters, use_tqdm=False)  # type: ignore[arg-type]
+            llm.enqueue(rendered.prompt, parameters, use_tqdm=False)
         except ValueError as error:
             raise CalibrationDataError(
                 f"the item of line {rendered.item.line} cannot be used with this model ({error}). "
