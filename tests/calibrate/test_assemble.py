@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vllm_attentionpack.calibrate.assemble import (
+    KEY_PRICE,
     Budget,
     LayerStatistics,
     assemble,
@@ -91,7 +92,7 @@ def test_key_price_is_output_energy_of_logit_errors() -> None:
     for head in range(HK):
         block = second[head // G, head % G, :, head % G, :]
         covariance = block - torch.outer(mean[head], mean[head])
-        price = layer.scale**2 * torch.trace(layer.gram[head] @ covariance)
+        price = KEY_PRICE * layer.scale**2 * torch.trace(layer.gram[head] @ covariance)
         torch.testing.assert_close(key_metric(layer)[head], price * layer.moments.query[head])
         torch.testing.assert_close(value_metric(layer)[head], layer.gram[head])
     energy = sum(
