@@ -27,6 +27,7 @@ class EngineState:
     pack: Pack
     tp_size: int
     tp_rank: int
+    num_stages: int
     device: torch.device
     codecs: dict[str, LayerCodec] = field(default_factory=dict)
     reported: bool = False
@@ -44,8 +45,14 @@ class EngineState:
             pack = load_pack(config.pack)
             tp_size = vllm_config.parallel_config.tensor_parallel_size
             check_shardable(pack.header, tp_size)
-            device = torch.device(vllm_config.device_config.device_type)
-            state = cls(config, pack, tp_size, get_tensor_model_parallel_rank(), device)
+            state = cls(
+                config,
+                pack,
+                tp_size,
+                tp_rank=get_tensor_model_parallel_rank(),
+                num_stages=vllm_config.parallel_config.pipeline_parallel_size,
+                device=torch.device(vllm_config.device_config.device_type),
+            )
             object.__setattr__(vllm_config, _ATTRIBUTE, state)
         return state
 
@@ -77,7 +84,7 @@ class EngineState:
             return
         self.reported = True
         missing = [layer.name for layer in self.pack.header.layers if layer.name not in self.codecs]
-        if missing:
+        if missing and self.num_stages == 1:
             raise PackMismatchError(
                 f"the pack '{self.config.pack}' holds the layer '{missing[0]}' "
                 f"({len(missing)} of {len(self.pack.header.layers)}), which the model lacks. "

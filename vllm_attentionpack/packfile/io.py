@@ -187,6 +187,12 @@ def _check_consistency(target: Path, header: PackHeader) -> None:
                 f"layer '{layer.name}' of '{target}' has {len(layer.groups)} head groups of "
                 f"{header.heads_per_group} for {heads} KV heads. Calibrate again."
             )
+        for group in layer.groups:
+            if not (group.key.counts().rank and group.value.counts().rank):
+                raise PackFileError(
+                    f"layer '{layer.name}' of '{target}' keeps no dim of the keys or the values of "
+                    "a head group. Calibrate again."
+                )
 
 
 def _read_layer(
