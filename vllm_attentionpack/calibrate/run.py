@@ -45,7 +45,7 @@ def calibrate(model: str, data: Any, ratio: float, output: Any = None, **options
 def run_calibration(settings: CalibrateSettings) -> Pack:
     """Starts the engine, gathers statistics, chooses bases and bits, writes the pack.
 
-    The same settings, data, versions and machine give the same pack, bit by bit.
+    The same settings, data, versions and machine give the same pack, header and tensors bit by bit.
 
     Raises:
         CalibrationDataError: the data cannot be used.

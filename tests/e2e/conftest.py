@@ -1,0 +1,108 @@
+"""The dense engine's answers, packs of the reference VLM, and one engine at a time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.engines import Engines
+from tests.support.packs import identity_pack
+from tests.support.reference import CALIBRATION_DATA, MODEL, Question, questions
+from vllm_attentionpack.packfile import Fingerprint, save_pack
+
+#: Every second held-out question: all kinds are among them.
+STRIDE = 2
+MAX_ANSWER_TOKENS = 24
+
+
+@pytest.fixture(scope="session")
+def engines() -> Iterator[Engines]:
+    # One thread: on a shared machine a second one spends its time waiting for the first.
+    torch.set_num_threads(1)
+    pool = Engines()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def greedy() -> Any:
+    """Sampling parameters of an answer."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0.0, max_tokens=MAX_ANSWER_TOKENS, logprobs=5)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """What vLLM does with the reference VLM without us.
+
+    Attributes:
+        questions: the held-out ones that the tests ask.
+        outputs: its greedy answers.
+        fingerprint: of the model.
+        layer_names: its attention layers.
+        kv_tokens: capacity of its KV cache in tokens.
+        kv_bytes: bytes of its KV cache.
+    """
+
+    questions: list[Question]
+    outputs: list[Any]
+    fingerprint: Fingerprint
+    layer_names: list[str]
+    kv_tokens: int
+    kv_bytes: int
+
+    @property
+    def prompts(self) -> list[dict[str, Any]]:
+        return [question.prompt for question in self.questions]
+
+
+@pytest.fixture(scope="session")
+def dense(engines: Engines, greedy: Any) -> Dense:
+    from vllm_attentionpack.attention.fingerprint import fingerprint
+
+    engine = engines.get(MODEL)
+    asked = questions(engine.llm)[::STRIDE]
+    return Dense(
+        questions=asked,
+        outputs=engine.generate([question.prompt for question in asked], greedy),
+        fingerprint=fingerprint(engine.llm.model_config),
+        layer_names=list(engine.kv_caches),
+        kv_tokens=engine.cache_config.kv_cache_size_tokens,
+        kv_bytes=engine.allocated_bytes,
+    )
+
+
+@pytest.fixture(scope="session")
+def exact_pack(dense: Dense, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keeps bfloat16 keys and values as they are."""
+    path = tmp_path_factory.mktemp("packs") / "exact.safetensors"
+    save_pack(identity_pack(dense.fingerprint, dense.layer_names), path)
+    return path
+
+
+@dataclass(frozen=True)
+class CalibratedPacks:
+    """Paths of packs from one calibration: 8x, and every dim at 8 bits."""
+
+    eightfold: Path
+    eight_bit: Path
+
+
+@pytest.fixture(scope="session")
+def calibrated(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> CalibratedPacks:
+    from tests.support.calibration import calibrate_at, smallest_ratio
+
+    engines.close()
+    full_rank = smallest_ratio(num_kv_heads=2, head_size=64, heads_per_group=2)
+    packs = calibrate_at(
+        str(MODEL), CALIBRATION_DATA, [8.0, full_rank], group_size=2, max_model_len=1024
+    )
+    folder = tmp_path_factory.mktemp("packs")
+    paths = CalibratedPacks(folder / "eightfold.safetensors", folder / "eight_bit.safetensors")
+    for pack, path in zip(packs, (paths.eightfold, paths.eight_bit), strict=True):
+        save_pack(pack, path)
+    return paths

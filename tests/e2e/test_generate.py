@@ -1,0 +1,67 @@
+"""Answers from compacted pages against those of stock vLLM, on held-out questions."""
+
+import pytest
+
+from tests.support.engines import compacted
+from tests.support.outputs import agreement
+from tests.support.reference import MODEL, accuracy
+from vllm_attentionpack.codec.layout import PlaneCounts
+from vllm_attentionpack.packfile import read_header
+
+pytestmark = pytest.mark.engine
+
+#: Logits of 16 to 32 in bfloat16 are an eighth apart: a smaller preference is a tie.
+ONE_STEP = 0.125
+
+
+def test_there_are_enough_questions_of_both_kinds(dense):
+    assert len(dense.questions) >= 100
+    assert min(sum(q.visual == kind for q in dense.questions) for kind in (True, False)) >= 30
+    assert accuracy(dense.questions, dense.outputs) > 0.9
+
+
+@pytest.mark.parametrize("exact_prefill", [True, False])
+def test_exact_pages_give_the_dense_answers(engines, dense, exact_pack, greedy, exact_prefill):
+    engine = engines.get(MODEL, **compacted(exact_pack, exact_prefill=exact_prefill))
+    outputs = engine.generate(dense.prompts, greedy)
+
+    found = agreement(dense.outputs, outputs)
+    assert all(gap <= ONE_STEP for gap in found.gaps)
+    assert found.share >= 0.99
+    assert found.noise <= ONE_STEP
+
+
+def test_pages_that_are_not_read_would_show(engines, dense, exact_pack, greedy):
+    """The comparison above can fail."""
+    engine = engines.get(MODEL, **compacted(exact_pack, exact_prefill=False))
+    some = slice(0, 10)
+    with engine.forgetting():
+        outputs = engine.generate(dense.prompts[some], greedy)
+
+    assert agreement(dense.outputs[some], outputs).share < 0.5
+
+
+def test_eight_bits_of_full_rank_give_the_dense_answers(engines, dense, calibrated, greedy):
+    header = read_header(calibrated.eight_bit)
+    full = PlaneCounts(n8=128)  # both heads of 64 dims
+    groups = [group for layout in header.layouts() for group in layout.groups]
+    assert all((group.key, group.value) == (full, full) for group in groups)
+
+    engine = engines.get(MODEL, **compacted(calibrated.eight_bit))
+    outputs = engine.generate(dense.prompts, greedy)
+
+    assert agreement(dense.outputs, outputs).share >= 0.99
+
+
+@pytest.mark.parametrize("exact_prefill", [True, False])
+def test_eightfold_compaction_costs_at_most_three_points(
+    engines, dense, calibrated, greedy, exact_prefill
+):
+    engine = engines.get(MODEL, **compacted(calibrated.eightfold, exact_prefill=exact_prefill))
+    outputs = engine.generate(dense.prompts, greedy)
+
+    lost = accuracy(dense.questions, dense.outputs) - accuracy(dense.questions, outputs)
+    assert lost <= 0.03
+    # Bit-equal log-probabilities would mean that pages were not compacted.
+    assert agreement(dense.outputs, outputs).noise > ONE_STEP
+    assert read_header(calibrated.eightfold).compression_ratio >= 8
