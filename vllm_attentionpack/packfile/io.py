@@ -23,7 +23,9 @@ from vllm_attentionpack.errors import PackFileError
 from vllm_attentionpack.packfile.schema import FORMAT_VERSION, LayerPack, Pack, PackHeader
 
 _HEADER_KEY = "attentionpack"
-_DIGEST_KEY = "attentionpack.sha256"
+#: A tensor rather than a second metadata entry: safetensors writes those in random order, and the
+#: same pack must give the same file.
+_DIGEST = "sha256"
 _Schema = TypeVar("_Schema", bound=BaseModel)
 _BASIS_FIELDS = ("mean", "encode", "decode", "weight")
 
@@ -44,7 +46,8 @@ def save_pack(pack: Pack, path: str | os.PathLike[str]) -> None:
                 for field, tensor in fields.items():
                     # safetensors refuses views and shared memory
                     tensors[prefix + field] = tensor.cpu().contiguous().clone()
-    metadata = {_HEADER_KEY: header, _DIGEST_KEY: _digest(header, tensors)}
+    tensors[_DIGEST] = _digest(header, tensors)
+    metadata = {_HEADER_KEY: header}
     target = Path(path)
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
@@ -105,6 +108,7 @@ def load_pack(path: str | os.PathLike[str]) -> Pack:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise PackFileError(f"'{target}' is damaged ({error}). Calibrate again.") from error
+    digest = tensors.pop(_DIGEST, None)
     layers = [_read_layer(target, header, i, tensors) for i in range(len(header.layers))]
     expected = {
         _prefix(i, g, kind) + field
@@ -118,7 +122,7 @@ def load_pack(path: str | os.PathLike[str]) -> Pack:
             f"'{target}' holds tensors that its header does not name: {sorted(surplus)[:3]}. "
             "Calibrate again."
         )
-    if metadata.get(_DIGEST_KEY) != _digest(metadata[_HEADER_KEY], tensors):
+    if digest is None or not torch.equal(digest, _digest(metadata[_HEADER_KEY], tensors)):
         raise PackFileError(
             f"the contents of '{target}' do not match its checksum: the file was damaged or "
             "edited. Copy or calibrate the pack again."
@@ -245,9 +249,10 @@ def _prefix(layer: int, group: int, kind: Kind) -> str:
     return f"layers.{layer}.groups.{group}.{kind}."
 
 
-def _digest(header: str, tensors: dict[str, Tensor]) -> str:
+def _digest(header: str, tensors: dict[str, Tensor]) -> Tensor:
+    """SHA-256 over the header and every tensor with its name, uint8 `[32]`."""
     digest = hashlib.sha256(header.encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].numpy().tobytes())
-    return digest.hexdigest()
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
