@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.engines import Engines
+from tests.support.engines import Engine, Engines, compacted
 from tests.support.packs import identity_pack
 from tests.support.reference import CALIBRATION_DATA, MODEL, Question, questions
 from vllm_attentionpack.packfile import Fingerprint, save_pack
@@ -106,3 +106,20 @@ def calibrated(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> Ca
     for pack, path in zip(packs, (paths.eightfold, paths.eight_bit), strict=True):
         save_pack(pack, path)
     return paths
+
+
+@pytest.fixture
+def from_codes(engines: Engines, calibrated: CalibratedPacks) -> Engine:
+    """8x, every token read from its code: it makes no difference in which step it came.
+
+    In float32: with bfloat16 logits, batches of other shapes round to other tokens, in stock vLLM
+    too.
+    """
+    section = compacted(calibrated.eightfold, exact_prefill=False)
+    return engines.get(MODEL, block_size=16, dtype="float32", **section)
+
+
+@pytest.fixture
+def small_blocks(engines: Engines, calibrated: CalibratedPacks) -> Engine:
+    """8x as users run it, but for blocks of 16 tokens."""
+    return engines.get(MODEL, block_size=16, **compacted(calibrated.eightfold))

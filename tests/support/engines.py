@@ -1,7 +1,7 @@
 """vLLM engines in the process of the tests, where schedules and pages can be looked at."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,34 +75,52 @@ class Engine:
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
     @property
+    def declared_page_bytes(self) -> dict[str, int]:
+        """Bytes of a block by layer name, as vLLM was told."""
+        specs = self.core.model_executor.get_kv_cache_specs()[0]
+        return {name: spec.page_size_bytes for name, spec in specs.items()}
+
+    @property
     def used_blocks(self) -> int:
         """Blocks that a request holds; one is vLLM's own and never free."""
         pool = self.scheduler.kv_cache_manager.block_pool
         return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
 
-    def block_ids(self, request_id: str, group: int = 0) -> list[int]:
-        """The blocks of a running request, as `add` named it."""
-        return self.scheduler.kv_cache_manager.get_block_ids(self._internal(request_id))[group]
+    def request(self, request_id: str) -> Any:
+        """The scheduler's view of an unfinished request."""
+        return self.scheduler.requests[request_id]
 
-    def generate(self, prompts: Sequence[Any], sampling: Any) -> list[Any]:
-        """All prompts at once, without what earlier calls left in the prefix cache."""
-        assert self.llm.reset_prefix_cache()
+    def block_ids(self, request_id: str, group: int = 0) -> list[int]:
+        """The blocks of a running request in one KV-cache group."""
+        return self.scheduler.kv_cache_manager.get_block_ids(request_id)[group]
+
+    def generate(
+        self, prompts: Sequence[Any], sampling: Any, keep_cache: bool = False
+    ) -> list[Any]:
+        """All prompts at once; without `keep_cache` the prefix cache is emptied first."""
+        assert keep_cache or self.llm.reset_prefix_cache()
         return self.llm.generate(list(prompts), sampling, use_tqdm=False)
 
-    def add(self, request_id: str, prompt: Any, sampling: Any) -> None:
-        """Hands over a request; `step` runs it."""
-        self.llm.llm_engine.add_request(request_id, prompt, sampling)
+    def add(self, prompt: Any, sampling: Any) -> str:
+        """Hands over a request, which `step` will run; returns the id that the scheduler uses."""
+        (request_id,) = self.llm.enqueue(prompt, sampling, use_tqdm=False)
+        return request_id
 
-    def step(self) -> list[Any]:
-        """One scheduler step; the outputs of requests that got a token or finished."""
-        return self.llm.llm_engine.step()
+    def step(self) -> dict[str, Any]:
+        """One scheduler step; what requests have so far that got a token, by id."""
+        names = {name.rpartition("-")[0]: name for name in self.scheduler.requests}
+        return {names[output.request_id]: output for output in self.llm.llm_engine.step()}
 
     def finish(self) -> dict[str, Any]:
-        """Steps until no request is left; the last output of each by request id."""
+        """Steps until no request is left; the last output of each by id."""
         last: dict[str, Any] = {}
         while self.llm.llm_engine.has_unfinished_requests():
-            last.update({output.request_id: output for output in self.step()})
+            last.update(self.step())
         return last
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Drops requests wherever they are."""
+        self.llm.llm_engine.abort_request(list(request_ids), internal=True)
 
     @contextmanager
     def at_most(self, tokens: int) -> Iterator[None]:
@@ -143,10 +161,6 @@ class Engine:
         finally:
             for (_, impl), codec in zip(layers, before, strict=True):
                 impl.codec = codec
-
-    def _internal(self, request_id: str) -> str:
-        (name,) = [name for name in self.scheduler.requests if name.startswith(request_id)]
-        return name
 
     def _attention_layers(self) -> list[tuple[str, Any]]:
         layers = self.llm.llm_engine.vllm_config.compilation_config.static_forward_context

@@ -1,7 +1,7 @@
 """The reference VLM: its questions, and how often a run answers them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,23 @@ def questions(llm: Any) -> list[Question]:
         )
         for item in read_dataset(HELD_OUT_DATA).items
         if isinstance(item, ChatItem) and item.answer is not None
+    ]
+
+
+def dialogues(llm: Any, visual: bool) -> list[list[dict[str, Any]]]:
+    """Held-out dialogues of several turns: the prompt of each turn, right answers in between."""
+    renderer = PromptRenderer(llm)
+    return [
+        [
+            renderer.render(replace(item, messages=item.messages[: turn + 1], answer=None))[
+                0
+            ].prompt
+            for turn in range(0, len(item.messages), 2)
+        ]
+        for item in read_dataset(HELD_OUT_DATA).items
+        if isinstance(item, ChatItem)
+        and len(item.messages) > 1
+        and visual == (item.extra["modality"] == "visual")
     ]
 
 
