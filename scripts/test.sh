@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# All checks: style, types, tests without an engine, tests that start vLLM engines.
+# All checks: style, types, quick tests, tests that start vLLM engines or fresh processes.
 #
-#   scripts/test.sh [--fast] [pytest arguments]      --fast leaves the engine tests out
+#   scripts/test.sh [--fast] [pytest arguments]      --fast leaves the last kind out
 #
 # Every phase runs whatever became of the one before it; the exit status is 0 only if all passed. A
 # pytest phase that collects no test has failed.
@@ -34,9 +34,11 @@ phase() {
 phase "ruff check" "$bin/ruff" check "${sources[@]}"
 phase "ruff format" "$bin/ruff" format --check "${sources[@]}"
 phase "mypy" "$bin/mypy"
-phase "tests without engine" "$bin/python" -m pytest -m "not engine and not gpu" "${pytest_args[@]}"
+phase "quick tests" \
+    "$bin/python" -m pytest -m "not engine and not slow and not gpu" "${pytest_args[@]}"
 if ! $fast; then
-    phase "tests with engine" "$bin/python" -m pytest -m "engine and not gpu" "${pytest_args[@]}"
+    phase "engine and slow tests" \
+        "$bin/python" -m pytest -m "(engine or slow) and not gpu" "${pytest_args[@]}"
 fi
 
 printf '\n== summary\n'

