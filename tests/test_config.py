@@ -102,3 +102,9 @@ def test_the_configuration_cannot_be_changed():
     config = serve_config({SECTION: {"pack": "a"}}, {})
     with pytest.raises(ValidationError, match="frozen"):
         config.pack = Path("b")
+
+
+def test_the_home_folder_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    config = serve_config({"attentionpack": {"pack": "~/x.pack.safetensors"}}, {})
+    assert str(config.pack) == "/somewhere/x.pack.safetensors"

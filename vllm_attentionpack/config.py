@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from vllm_attentionpack.errors import ConfigError
 
@@ -21,7 +21,7 @@ class ServeConfig(BaseModel):
     """The `attentionpack` section of vLLM's `--additional-config`.
 
     Attributes:
-        pack: path of the pack file.
+        pack: path of the pack file; `~` is the home folder.
         exact_prefill: True (default) lets the fresh tokens of a step attend to each other exactly
             and reads only what was cached before from the codes. False reads everything from the
             codes: slower to become exact, needed to measure the codec by teacher forcing.
@@ -31,6 +31,11 @@ class ServeConfig(BaseModel):
 
     pack: Path
     exact_prefill: bool = True
+
+    @field_validator("pack")
+    @classmethod
+    def _expand(cls, pack: Path) -> Path:
+        return pack.expanduser()
 
 
 def serve_config(

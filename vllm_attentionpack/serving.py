@@ -78,12 +78,11 @@ def _wait_until_healthy(process: "subprocess.Popen[bytes]", url: str, log: Path)
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """Ends the server and the engine processes of its session."""
-    for sent in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, sent)
-        try:
-            process.wait(_STOP_SECONDS)
-            return
-        except subprocess.TimeoutExpired:
-            continue
+    """Ends the server, and whatever engine processes of its session outlive it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_STOP_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
