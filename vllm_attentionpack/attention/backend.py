@@ -10,9 +10,10 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from vllm_attentionpack.attention.impl import AttentionPackImpl
 from vllm_attentionpack.attention.metadata import AttentionPackMetadataBuilder
+from vllm_attentionpack.attention.state import shares_pool
 from vllm_attentionpack.codec.layout import BLOCK_SIZE_MULTIPLE
 from vllm_attentionpack.errors import PackMismatchError
-from vllm_attentionpack.kv_cache.spec import compacted_spec
+from vllm_attentionpack.kv_cache.spec import compacted_spec, shared_pool_spec
 
 
 class AttentionPackBackend(AttentionBackend):
@@ -68,4 +69,6 @@ class AttentionPackBackend(AttentionBackend):
                 f"on this rank, the pack was made for {expected}. Calibrate this model again."
             )
         impl.codec = codec
+        if shares_pool(vllm_config):
+            return shared_pool_spec(spec, impl.state.largest_bytes_per_token)
         return compacted_spec(spec, codec.layout)

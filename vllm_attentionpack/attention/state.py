@@ -4,19 +4,27 @@ import logging
 from dataclasses import dataclass, field
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_attentionpack.codec.codec import LayerCodec
-from vllm_attentionpack.codec.layout import compression_ratio
 from vllm_attentionpack.config import ServeConfig, serve_config
 from vllm_attentionpack.errors import PackMismatchError
 from vllm_attentionpack.packfile import Pack, load_pack
-from vllm_attentionpack.packfile.shard import check_shardable, shard_codec
+from vllm_attentionpack.packfile.shard import check_shardable, shard_codec, shard_layout
+from vllm_attentionpack.plugin import BACKEND
 
 logger = logging.getLogger("vllm.attentionpack")
 
 _ATTRIBUTE = "_attentionpack_state"
+
+
+def shares_pool(vllm_config: VllmConfig) -> bool:
+    """Whether blocks of compacted layers come from one pool with those of dense layers."""
+    layers = get_layers_from_vllm_config(vllm_config, Attention).values()
+    return any(layer.attn_backend.get_name() != BACKEND for layer in layers)
 
 
 @dataclass
@@ -74,8 +82,19 @@ class EngineState:
             self.codecs[layer_name] = codec.to(self.device)
         return self.codecs[layer_name]
 
-    def report(self, num_blocks: int, block_size: int) -> None:
+    @property
+    def largest_bytes_per_token(self) -> int:
+        """Of this rank's layers; ranks agree."""
+        layouts = self.pack.header.layouts()
+        return max(shard_layout(x, self.tp_size, self.tp_rank).bytes_per_token for x in layouts)
+
+    def report(self, spec: AttentionSpec, num_blocks: int, shared: bool) -> None:
         """Logs once what the cache of this worker holds.
+
+        Args:
+            spec: of one compacted layer, as vLLM allocated it.
+            num_blocks: of the pool.
+            shared: see `shares_pool`.
 
         Raises:
             PackMismatchError: the pack has layers that the model lacks.
@@ -91,13 +110,20 @@ class EngineState:
                 "Calibrate this model again."
             )
         layouts = [codec.layout for codec in self.codecs.values()]
+        dense = sum(layout.dense_bytes_per_token for layout in layouts)
+        if shared:
+            stored = len(layouts) * spec.page_size_bytes / spec.block_size
+            room = "pages shared with dense layers"
+        else:
+            stored = sum(layout.bytes_per_token for layout in layouts)
+            room = f"{num_blocks * spec.block_size} tokens fit"
         logger.info(
-            "AttentionPack: %.2fx compacted KV cache, %d -> %d bytes per token, %d tokens fit "
+            "AttentionPack: %.2fx compacted KV cache, %d -> %d bytes per token, %s "
             "(%d blocks of %d)",
-            compression_ratio(layouts),
-            sum(layout.dense_bytes_per_token for layout in layouts),
-            sum(layout.bytes_per_token for layout in layouts),
-            num_blocks * block_size,
+            dense / stored,
+            dense,
+            stored,
+            room,
             num_blocks,
-            block_size,
+            spec.block_size,
         )

@@ -24,6 +24,27 @@ def compacted_spec(spec: Spec, layout: LayerLayout) -> Spec:
     )
 
 
+def shared_pool_spec(spec: Spec, bytes_per_token: int) -> Spec:
+    """The spec of a compacted layer whose blocks come from one pool with those of dense layers.
+
+    vLLM pads all pages of a pool to the largest, so a compacted page of `S` tokens would take the
+    bytes of a dense one and save nothing. Instead a block holds as many times `S` tokens as fit.
+
+    Args:
+        spec: the dense spec of the layer.
+        bytes_per_token: the same for all compacted layers, which vLLM then puts into few groups.
+    """
+    dense_tokens = check_block_size(spec.block_size)
+    times = max(1, spec.page_size_bytes // (dense_tokens * bytes_per_token))
+    return replace(
+        spec,
+        block_size=times * dense_tokens,
+        num_head_slots=1,
+        state_content_bytes=bytes_per_token,
+        dtype=torch.uint8,
+    )
+
+
 def block_view(kv_cache: Tensor) -> Tensor:
     """vLLM's view of a layer's cache, `[num_blocks, 1, S, bytes]`, as `[num_blocks, S * bytes]`.
 
