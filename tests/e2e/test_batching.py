@@ -142,7 +142,7 @@ def test_chunks_of_a_prompt_beside_exact_attention(exact, prompts, long_answer):
 
 
 def test_samples_share_their_prompt(exact, prompts):
-    """Samples of one request are those of its requests one by one; vLLM adds the index to the seed."""
+    """Each is what a request of its own gives; vLLM adds the sample's number to the seed."""
     from vllm import SamplingParams
 
     settings = {"temperature": 1.5, "max_tokens": 12, "ignore_eos": True}

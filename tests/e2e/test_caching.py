@@ -1,5 +1,7 @@
 """What the prefix cache returns is as good as computing it again."""
 
+import itertools
+
 import pytest
 
 from tests.support.outputs import agreement, token_ids
@@ -20,7 +22,7 @@ def test_turns_of_a_dialogue(from_codes, greedy, visual):
 
         assert [output.num_cached_tokens for output in alone] == [0] * len(turns)
         assert followed[0].num_cached_tokens == 0
-        for before, output in zip(followed, followed[1:], strict=False):
+        for before, output in itertools.pairwise(followed):
             known = len(before.prompt_token_ids)
             assert output.prompt_token_ids[:known] == before.prompt_token_ids
             # Blocks that the answer filled may come on top.

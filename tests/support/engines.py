@@ -26,6 +26,10 @@ _DEFAULTS = {
 }
 
 
+#: For checkpoints without a tokenizer.
+TOKEN_IDS_ONLY = {"skip_tokenizer_init": True}
+
+
 def compacted(pack: Path, **section: Any) -> dict[str, Any]:
     """The engine arguments that serve from `pack`; `section` as in `ServeConfig`."""
     return {
@@ -212,11 +216,13 @@ def _start(arguments: dict[str, Any]) -> Engine:
         def emit(self, record: logging.LogRecord) -> None:
             messages.append(record.getMessage())
 
-    handler = Keep()
+    handler, level = Keep(), plugin.logger.level
     plugin.logger.addHandler(handler)
+    plugin.logger.setLevel(logging.INFO)  # whatever VLLM_LOGGING_LEVEL says
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
             return Engine(LLM(**arguments), messages)
     finally:
         plugin.logger.removeHandler(handler)
+        plugin.logger.setLevel(level)

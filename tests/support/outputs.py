@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -52,3 +54,16 @@ def agreement(first: Sequence[Any], second: Sequence[Any]) -> Agreement:
 def token_ids(outputs: Sequence[Any]) -> list[list[int]]:
     """The generated ids of the first completion of each request."""
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def prompt_logprobs(outputs: Sequence[Any]) -> np.ndarray:
+    """Log-probabilities of all prompt tokens but the first of each request, float64 `[n]`."""
+    return np.array(
+        [
+            given[token].logprob
+            for output in outputs
+            for token, given in zip(
+                output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True
+            )
+        ]
+    )
