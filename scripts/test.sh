@@ -37,8 +37,9 @@ phase "mypy" "$bin/mypy"
 phase "quick tests" \
     "$bin/python" -m pytest -m "not engine and not slow and not gpu" "${pytest_args[@]}"
 if ! $fast; then
-    phase "engine and slow tests" \
-        "$bin/python" -m pytest -m "(engine or slow) and not gpu" "${pytest_args[@]}"
+    # Two at a time: each engine keeps one core busy. Files stay whole, since they share engines.
+    phase "engine and slow tests" "$bin/python" -m pytest -n 2 --dist loadfile \
+        -m "(engine or slow) and not gpu" "${pytest_args[@]}"
 fi
 
 printf '\n== summary\n'
