@@ -51,8 +51,8 @@ def chat(answer):
 
 
 ITEMS = [chat("7"), chat("red"), TextItem("abc", {}, 3), ChatItem((("user", "?"),), None, {}, 4)]
-DENSE = Answers(["7", "blue", None, None], [scored(P), scored(P), scored(P), None], 100, 50)
-PACKED = Answers([" 7", "red", None, None], [scored(P), scored(Q), scored(Q, 1), None], 800, 50)
+DENSE = Answers(["7", "blue", None, None], [scored(P), scored(P), scored(P), None], 100)
+PACKED = Answers([" 7", "red", None, None], [scored(P), scored(Q), scored(Q, 1), None], 800)
 
 
 def test_comparison_counts_what_it_says():

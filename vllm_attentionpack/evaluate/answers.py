@@ -44,13 +44,11 @@ class Answers:
         generated: the greedy answer to each item, None for items without an answer.
         scored: teacher forcing on each item, None for items with nothing to score.
         kv_tokens: capacity of the KV cache in tokens, as vLLM reports it.
-        max_model_len: the longest request of this engine.
     """
 
     generated: list[str | None]
     scored: list[Scored | None]
     kv_tokens: int
-    max_model_len: int
 
 
 def run_engine(
@@ -92,7 +90,6 @@ def run_engine(
             generated=_generate(llm, items),
             scored=_score(llm, items, min(top_logprobs, vocabulary)),
             kv_tokens=cache.kv_cache_size_tokens or 0,
-            max_model_len=llm.model_config.max_model_len,
         )
     finally:
         shut_down(llm)

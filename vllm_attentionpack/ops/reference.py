@@ -7,12 +7,13 @@ once per modality, chosen per token by the sign bit of its key scale.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from vllm_attentionpack.codec.codec import LayerCodec, PlaneCodec
-from vllm_attentionpack.codec.layout import KINDS, Kind, Plane
+from vllm_attentionpack.codec.layout import KINDS, Kind, LayerLayout, Plane
 from vllm_attentionpack.codec.quantize import decode_scale, encode_scale, pack_codes, unpack_codes
 from vllm_attentionpack.ops.batch import QueryBatch, Segment
 
@@ -74,7 +75,7 @@ def store_kv(
     block, offset = slots // block_size, slots % block_size
     chosen = None if visual is None else visual[stored]
     inputs = {"key": key[stored], "value": value[stored]}
-    planes = _planes_by_owner(codec, block_size)
+    planes = _planes_by_owner(codec.layout, block_size)
     for g, (group, heads) in enumerate(codec.group_heads()):
         for kind in KINDS:
             part: PlaneCodec = getattr(group, kind)
@@ -134,7 +135,7 @@ def paged_attention(
     tokens = query.latent[0].shape[0]
     device = kv_cache.device
     latents, weights, lses = [], [], []
-    planes = _planes_by_owner(codec, block_size)
+    planes = _planes_by_owner(codec.layout, block_size)
     for g, (group, _) in enumerate(codec.group_heads()):
         heads = query.latent[g].shape[1]
         shape = (tokens, heads, codec.num_modalities)
@@ -263,9 +264,10 @@ def _attend_segment(
     return latent / norm[..., None, None], weight / norm[..., None], top + total.log()
 
 
-def _planes_by_owner(codec: LayerCodec, block_size: int) -> dict[tuple[int, Kind], list[Plane]]:
+@cache  # every layer asks at every step; layouts are few and frozen
+def _planes_by_owner(layout: LayerLayout, block_size: int) -> dict[tuple[int, Kind], list[Plane]]:
     owners: dict[tuple[int, Kind], list[Plane]] = {}
-    for plane in codec.layout.planes(block_size):
+    for plane in layout.planes(block_size):
         owners.setdefault((plane.group, plane.kind), []).append(plane)
     return owners
 
