@@ -25,12 +25,15 @@ class ServeConfig(BaseModel):
         exact_prefill: True (default) lets the fresh tokens of a step attend to each other exactly
             and reads only what was cached before from the codes. False reads everything from the
             codes: slower to become exact, needed to measure the codec by teacher forcing.
+        ops: the implementation of attention on compacted pages; `auto` takes the fastest that can
+            run (`ops.select.IMPLEMENTATIONS`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     pack: Path
     exact_prefill: bool = True
+    ops: str = "auto"
 
     @field_validator("pack")
     @classmethod

@@ -46,6 +46,7 @@ def test_ops_match_the_oracle(shape, block_size, exact_fresh):
         absorbed,
         case.kv_cache,
         case.block_table,
+        None,
         case.context_lens if exact_fresh else case.seq_lens,
         case.batch,
         codec,
@@ -58,9 +59,45 @@ def test_ops_match_the_oracle(shape, block_size, exact_fresh):
             case.query, case.fresh_key(), case.fresh_value(), case.batch, scale
         )
         out, lse = merge_attention(fresh, fresh_lse, out, lse), torch.logaddexp(fresh_lse, lse)
-    want, want_lse = attend(codec, case, scale, exact_fresh)
+    want, want_lse = attend(codec, case, scale, exact_fresh=exact_fresh)
     assert (out - want).abs().max().item() < 2e-5 * want.abs().max().item() + 1e-5
     assert (lse - want_lse).abs().max().item() < 1e-4
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_token_ranges(causal, block_size):
+    """Each request sees a range of its own; ranges may be empty, inverted or end below zero."""
+    codec = random_codec(2, 2, 32)
+    contexts, fresh = [0, 9, 40, 40, 70, 16, 33], [5, 1, 1, 3, 20, 2, 1]
+    case = paged_batch(codec, 4, contexts, fresh, block_size)
+    starts = torch.tensor([0, 4, 0, 16, 30, 5, 33], dtype=torch.int32)
+    margins = torch.tensor([9, 2, 0, 5, 17, 13, 1], dtype=torch.int32)
+    stops = (case.seq_lens if causal else case.context_lens) - margins
+    attended = paged_attention(
+        absorb_query(case.query, codec, 0.2),
+        case.kv_cache,
+        case.block_table,
+        starts,
+        stops,
+        case.batch,
+        codec,
+        block_size,
+        causal,
+    )
+    out = up_project(attended, codec)
+    want, want_lse = attend(
+        codec,
+        case,
+        0.2,
+        ranges=list(zip(starts.tolist(), stops.tolist(), strict=True)),
+        causal=causal,
+    )
+    assert torch.equal(attended.lse.isneginf(), want_lse.isneginf())
+    assert want_lse.isneginf().any() and not want_lse.isneginf().all()
+    seen = ~want_lse.isneginf()
+    assert (out - want).abs().max().item() < 2e-5 * want.abs().max().item() + 1e-5
+    assert (attended.lse - want_lse)[seen].abs().max().item() < 1e-4
 
 
 def test_no_context_leaves_no_weight():
@@ -70,6 +107,7 @@ def test_no_context_leaves_no_weight():
         absorb_query(case.query, codec, 1.0),
         case.kv_cache,
         case.block_table,
+        None,
         torch.zeros(2, dtype=torch.int32),
         case.batch,
         codec,
@@ -94,6 +132,7 @@ def test_garbage_in_float_planes_of_unused_slots_does_not_leak():
         absorb_query(case.query, codec, 0.2),
         case.kv_cache,
         case.block_table,
+        None,
         case.seq_lens,
         case.batch,
         codec,
@@ -121,6 +160,7 @@ def test_a_constant_added_to_every_key_changes_no_output(constant):
             absorb_query(case.query, current, 0.2),
             cache,
             case.block_table,
+            None,
             case.seq_lens,
             case.batch,
             current,

@@ -19,11 +19,17 @@ def reconstruct(codec: LayerCodec, kind: Kind, x: Tensor, visual: Tensor) -> Ten
 
 
 def attend(
-    codec: LayerCodec, batch: PagedBatch, scale: float, exact_fresh: bool
+    codec: LayerCodec,
+    batch: PagedBatch,
+    scale: float,
+    exact_fresh: bool = False,
+    ranges: list[tuple[int, int]] | None = None,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Output `[T, Hq, D]` and log-sum-exp `[T, Hq]` in float64.
+    """Output `[T, Hq, D]` and log-sum-exp `[T, Hq]` in float64; zero and `-inf` over no token.
 
     With `exact_fresh` the new tokens of a request are taken as they are, otherwise as their codes.
+    `ranges` holds the (start, stop) of `paged_attention` per request, by default the whole request.
     """
     outputs, lses = [], []
     token = 0
@@ -37,11 +43,12 @@ def attend(
             value = torch.cat([value[:context], batch.value[row][context:]])
         repeats = batch.query.shape[1] // key.shape[1]
         key, value = (x.double().repeat_interleave(repeats, 1) for x in (key, value))
+        start, stop = ranges[row] if ranges else (0, context + fresh)
         for i in range(fresh):
-            seen = context + i + 1
+            end = max(stop - (fresh - 1 - i if causal else 0), start)
             query = batch.query[token].double()
-            logits = torch.einsum("hd,nhd->hn", query, key[:seen]) * scale
-            outputs.append(torch.einsum("hn,nhd->hd", logits.softmax(-1), value[:seen]))
+            logits = torch.einsum("hd,nhd->hn", query, key[start:end]) * scale
+            outputs.append(torch.einsum("hn,nhd->hd", logits.softmax(-1), value[start:end]))
             lses.append(logits.logsumexp(-1))
             token += 1
     return torch.stack(outputs), torch.stack(lses)

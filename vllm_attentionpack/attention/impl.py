@@ -71,7 +71,7 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
         """Encodes the step's new tokens into `kv_cache`; see `ops.store_kv`."""
         assert self.codec is not None
         tokens = slot_mapping.shape[0]
-        ops.store_kv(
+        self.state.ops.store_kv(
             key[:tokens],
             value[:tokens],
             block_view(kv_cache),
@@ -135,14 +135,16 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
         causal: bool,
     ) -> tuple[Tensor, Tensor]:
         assert self.codec is not None
-        attended = ops.paged_attention(
-            ops.absorb_query(query, self.codec, self.scale),
+        compute = self.state.ops
+        attended = compute.paged_attention(
+            compute.absorb_query(query, self.codec, self.scale),
             block_view(kv_cache),
             metadata.block_table,
+            None,
             seq_lens,
             metadata.batch,
             self.codec,
             kv_cache.shape[2],
             causal,
         )
-        return ops.up_project(attended, self.codec), attended.lse
+        return compute.up_project(attended, self.codec), attended.lse

@@ -12,6 +12,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.config import ServeConfig, serve_config
 from vllm_attentionpack.errors import PackMismatchError
+from vllm_attentionpack.ops.select import Ops, select_ops
 from vllm_attentionpack.packfile import Pack, load_pack
 from vllm_attentionpack.packfile.shard import check_shardable, shard_codec, shard_layout
 from vllm_attentionpack.plugin import BACKEND
@@ -37,6 +38,7 @@ class EngineState:
     tp_rank: int
     num_stages: int
     device: torch.device
+    ops: Ops
     codecs: dict[str, LayerCodec] = field(default_factory=dict)
     reported: bool = False
 
@@ -53,13 +55,19 @@ class EngineState:
             pack = load_pack(config.pack)
             tp_size = vllm_config.parallel_config.tensor_parallel_size
             check_shardable(pack.header, tp_size)
+            device = torch.device(vllm_config.device_config.device_type)
+            name, ops, passed_over = select_ops(config.ops, device)
+            for other, reason in passed_over.items():
+                logger.info("AttentionPack: the ops '%s' cannot be used: %s", other, reason)
+            logger.info("AttentionPack: attention runs on the ops '%s'", name)
             state = cls(
                 config,
                 pack,
                 tp_size,
                 tp_rank=get_tensor_model_parallel_rank(),
                 num_stages=vllm_config.parallel_config.pipeline_parallel_size,
-                device=torch.device(vllm_config.device_config.device_type),
+                device=device,
+                ops=ops,
             )
             object.__setattr__(vllm_config, _ATTRIBUTE, state)
         return state

@@ -29,10 +29,16 @@ class QueryBatch:
 
     Attributes:
         num_tokens: `T`.
+        query_start_loc: int32 `[B + 1]`, where the tokens of each request start.
+        max_query_len: the most tokens of one request.
+        max_seq_len: no request is longer than this.
         segments: together they hold every token once.
     """
 
     num_tokens: int
+    query_start_loc: Tensor
+    max_query_len: int
+    max_seq_len: int
     segments: tuple[Segment, ...]
 
     @classmethod
@@ -61,4 +67,10 @@ class QueryBatch:
                     max(max_seq_lens[r] for r in requests),
                 )
             )
-        return cls(query_start_loc[-1], tuple(segments))
+        return cls(
+            query_start_loc[-1],
+            torch.tensor(query_start_loc, dtype=torch.int32, device=device),
+            max(by_length, default=0),
+            max(max_seq_lens, default=0),
+            tuple(segments),
+        )

@@ -49,6 +49,11 @@ class AttendedLatent:
     lse: Tensor
 
 
+def unavailable(device: torch.device) -> str | None:
+    """Why these ops cannot run on `device`; None, since they run wherever PyTorch does."""
+    return None
+
+
 def store_kv(
     key: Tensor,
     value: Tensor,
@@ -109,31 +114,35 @@ def paged_attention(
     query: AbsorbedQuery,
     kv_cache: Tensor,
     block_table: Tensor,
-    seq_lens: Tensor,
+    starts: Tensor | None,
+    stops: Tensor,
     batch: QueryBatch,
     codec: LayerCodec,
     block_size: int,
     causal: bool,
 ) -> AttendedLatent:
-    """Attends to the codes of each request's first `seq_lens` tokens.
+    """Attends to the codes of each request's tokens `starts` to `stops`.
 
     Args:
         query: absorbed queries of `T` tokens.
         kv_cache: uint8 `[num_blocks, block_bytes]`.
         block_table: int `[B, max_blocks]`; entries beyond a request's blocks may be anything.
-        seq_lens: int `[B]`, tokens visible to the last query of each request; 0 for none. Bounded
-            by the segments' `max_seq_len`, less the queries themselves unless `causal`.
+        starts: int `[B]`, the first token that each request sees, 0 or more; None for 0.
+        stops: int `[B]`, one past the last token that the last query of each request sees; no
+            token is seen where it is not above the start, negative values included. Bounded by
+            the segments' `max_seq_len`, less the queries themselves unless `causal`.
         batch: how the tokens belong to requests.
         codec: the layer's codec.
         block_size: `S`.
-        causal: True if the queries are the last of the `seq_lens` tokens and see none after
-            themselves; False if every query sees all of them.
+        causal: True if each query sees one token less at the end than the query after it; False
+            if all queries of a request see the same tokens.
 
     Returns:
         Normalised latents, modality weights and log-sum-exp of all `T` tokens.
     """
     tokens = query.latent[0].shape[0]
     device = kv_cache.device
+    first = torch.zeros_like(stops).long() if starts is None else starts.long()
     latents, weights, lses = [], [], []
     planes = _planes_by_owner(codec.layout, block_size)
     for g, (group, _) in enumerate(codec.group_heads()):
@@ -147,7 +156,8 @@ def paged_attention(
                 query.latent[g][segment.tokens],
                 query.mean_logit[g][segment.tokens],
                 _Pages(kv_cache, block_table[segment.requests].long(), block_size),
-                seq_lens[segment.requests].long(),
+                first[segment.requests],
+                stops[segment.requests].long(),
                 segment,
                 (group.key, planes[g, "key"]),
                 (group.value, planes[g, "value"]),
@@ -214,7 +224,8 @@ def _attend_segment(
     query: Tensor,
     mean_logit: Tensor,
     pages: _Pages,
-    seq_lens: Tensor,
+    starts: Tensor,
+    stops: Tensor,
     segment: Segment,
     key: _CodecPlanes,
     value: _CodecPlanes,
@@ -230,9 +241,9 @@ def _attend_segment(
     total = torch.zeros(b, length, heads, device=device)
     weight = torch.zeros(b, length, heads, modalities, device=device)
     latent = torch.zeros(b, length, heads, modalities, value[0].rank, device=device)
-    visible = seq_lens[:, None].expand(b, length)
+    end = stops[:, None].expand(b, length)
     if causal:
-        visible = visible - length + 1 + torch.arange(length, device=device)
+        end = end - length + 1 + torch.arange(length, device=device)
 
     widest = max(key[0].rank, value[0].rank, length * heads)
     tile_tokens = max(1, _TILE_BYTES // (4 * b * widest))
@@ -241,8 +252,9 @@ def _attend_segment(
         k, visual = pages.read(ids, key)
         v, _ = pages.read(ids, value)
         position = start + torch.arange(k.shape[1], device=device)
-        seen = (position < visible[..., None])[:, :, None]  # [b, q, 1, n]
-        v = torch.where((position < seq_lens[:, None])[..., None], v, 0.0)
+        started = position >= starts[:, None]  # [b, n]
+        seen = (started[:, None] & (position < end[..., None]))[:, :, None]  # [b, q, 1, n]
+        v = torch.where((started & (position < stops[:, None]))[..., None], v, 0.0)
         logits = torch.einsum("bqhmr,bnr->bqhmn", query, k) + mean_logit[..., None]
         if modalities == 2:
             chosen = torch.stack([~visual, visual], 1)[:, None, None]  # [b, 1, 1, M, n]
