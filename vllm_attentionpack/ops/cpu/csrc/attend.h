@@ -1,0 +1,512 @@
+// Attention of a few query rows to a stretch of codes, for one instruction set.
+//
+// Tokens are gathered into tiles of one modality. Codes of a tile are unpacked once and multiplied
+// with all rows of the head group: keys with the tokens side by side in the lanes, values with the
+// latent dims side by side, so that neither product needs a sum across lanes. Both products see
+// 32-bit lanes: two 16-bit integers (queries and weights are quantised per row, 16 bits against the
+// 8 of bfloat16), or one float where the model runs in float32 or latents are bfloat16.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "api.h"
+#include "kernels.h"
+#include "vector.h"
+
+namespace attentionpack {
+namespace {
+
+constexpr int kTile = 128;     // tokens whose weights share one scale
+constexpr int kSub = 32;       // tokens whose keys are unpacked at a time: 128 steps fill 16 KiB
+constexpr int kSteps = 128;    // 255 * 32767 * 2 * 128 still fits an int32
+constexpr int kSubVectors = kSub / kLanes;
+constexpr int kValueVectors = 4;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLargest16 = 32767.0f;
+
+// Tokens of one modality, in the order of their positions.
+struct Tile {
+    int count = 0;
+    const uint8_t* block[kTile];
+    int32_t slot[kTile];
+    int32_t position[kTile];
+    float key_scale[kTile];
+    float value_scale[kTile];
+};
+
+struct Integers {
+    typedef Int Sum;
+    static constexpr int kPerStep = 2;
+    static AP_INLINE Sum step(Sum acc, int32_t left, Int right) {
+        return dot(acc, splat(left), right);
+    }
+    static AP_INLINE Float value(Sum acc) { return to_float(acc); }
+};
+
+struct Floats {
+    typedef Float Sum;
+    static constexpr int kPerStep = 1;
+    static AP_INLINE Sum step(Sum acc, int32_t left, Int right) {
+        return acc + (Float)splat(left) * (Float)right;
+    }
+    static AP_INLINE Float value(Sum acc) { return acc; }
+};
+
+// out[r][n] = sum over steps of left[r][step] * right[step][n]; a register block.
+template <class A, int ROWS, int N>
+AP_INLINE void multiply(const int32_t* left, int64_t left_stride, const Int* right,
+                        int64_t right_stride, int steps, typename A::Sum (&out)[ROWS][N]) {
+    for (int r = 0; r < ROWS; ++r)
+        for (int n = 0; n < N; ++n) out[r][n] = typename A::Sum{};
+    for (int s = 0; s < steps; ++s) {
+        Int column[N];
+        for (int n = 0; n < N; ++n) column[n] = right[s * right_stride + n];
+        for (int r = 0; r < ROWS; ++r)
+            for (int n = 0; n < N; ++n)
+                out[r][n] = A::step(out[r][n], left[r * left_stride + s], column[n]);
+    }
+}
+
+constexpr int zero_doubled(int64_t bits) { return bits == 16 ? 0 : (1 << bits) - 1; }
+
+// Runs of words of a plane that unpack to at most kSteps steps.
+template <class A>
+AP_INLINE int64_t words_per_segment(int64_t bits) {
+    return kSteps * A::kPerStep * bits / 32;
+}
+
+template <class A, int BITS>
+AP_INLINE void unpack_key_words(const uint32_t* words, int64_t count, Int* out) {
+    constexpr uint32_t mask = (1u << BITS) - 1;
+    for (int64_t w = 0; w < count; ++w) {
+        for (int half = 0; half < 2; ++half) {
+            for (int shift = 8 * half; shift < 8 * half + 8; shift += BITS) {
+                if constexpr (A::kPerStep == 2) {
+                    for (int v = 0; v < kSubVectors; ++v) {
+                        const Word word = load<Word>(words + w * kSub + v * kLanes);
+                        *out++ = (Int)((word >> shift) & (mask << 16 | mask));
+                    }
+                } else {
+                    for (int at = shift; at < 32; at += 16) {
+                        for (int v = 0; v < kSubVectors; ++v) {
+                            const Word word = load<Word>(words + w * kSub + v * kLanes);
+                            const Float code = to_float((word >> at) & mask);
+                            *out++ = (Int)(code - 0.5f * zero_doubled(BITS));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+AP_INLINE void unpack_key_words_16(const uint32_t* words, int64_t count, Int* out) {
+    for (int64_t w = 0; w < count; ++w) {
+        for (int v = 0; v < kSubVectors; ++v)
+            *out++ = (Int)(load<Word>(words + w * kSub + v * kLanes) << 16);
+        for (int v = 0; v < kSubVectors; ++v)
+            *out++ = (Int)(load<Word>(words + w * kSub + v * kLanes) & 0xffff0000u);
+    }
+}
+
+// [words of a segment][kSub tokens] -> [steps][kSub tokens].
+template <class A>
+void unpack_keys(int64_t bits, const uint32_t* words, int64_t count, Int* out) {
+    switch (bits) {
+        case 8: return unpack_key_words<A, 8>(words, count, out);
+        case 4: return unpack_key_words<A, 4>(words, count, out);
+        case 2: return unpack_key_words<A, 2>(words, count, out);
+        default: return unpack_key_words_16(words, count, out);
+    }
+}
+
+// One chunk of kLanes bytes (kLanes latents of 16 bits) of all tokens of a tile becomes 8 / BITS
+// vectors: out[step * stride + k], k the sub-plane.
+template <class A, int BITS>
+AP_INLINE void unpack_value_chunk(const uint8_t* const* rows, int64_t byte, int bytes, int steps,
+                                  Int* out) {
+    constexpr uint32_t mask = (1u << BITS) - 1;
+    const bool whole = bytes == kLanes;
+    for (int s = 0; s < steps; ++s) {
+        Word word{};
+        for (int e = 0; e < A::kPerStep; ++e) {
+            const uint8_t* from = rows[s * A::kPerStep + e] + byte;
+            const Bytes read = whole ? load<Bytes>(from) : load_head<Bytes>(from, bytes);
+            word |= __builtin_convertvector(read, Word) << (16 * e);
+        }
+        for (int k = 0; k < 8 / BITS; ++k) {
+            if constexpr (A::kPerStep == 2) {
+                out[s * kValueVectors + k] = (Int)((word >> (BITS * k)) & (mask << 16 | mask));
+            } else {
+                const Float code = to_float((word >> (BITS * k)) & mask);
+                out[s * kValueVectors + k] = (Int)(code - 0.5f * zero_doubled(BITS));
+            }
+        }
+    }
+}
+
+AP_INLINE void unpack_value_chunk_16(const uint8_t* const* rows, int64_t byte, int bytes, int steps,
+                                     Int* out) {
+    for (int s = 0; s < steps; ++s) {
+        const Halves read = load_head<Halves>(rows[s] + byte, bytes);
+        out[s * kValueVectors] = (Int)(__builtin_convertvector(read, Word) << 16);
+    }
+}
+
+// Lanes of the attended values of one head group: every sub-plane is padded to whole vectors.
+int64_t value_lanes(const Side& side) {
+    int64_t vectors = 0;
+    for (int p = 0; p < side.num_planes; ++p) {
+        const Plane& plane = side.planes[p];
+        const int64_t chunk = plane.bits == 16 ? 2 * kLanes : kLanes;
+        vectors += (plane.bytes + chunk - 1) / chunk * (plane.bits == 16 ? 1 : 8 / plane.bits);
+    }
+    return vectors * kLanes;
+}
+
+// Work areas of one thread.
+struct Scratch {
+    alignas(64) Int codes[kSteps * kSubVectors > kTile * kValueVectors ? kSteps * kSubVectors
+                                                                        : kTile * kValueVectors];
+    alignas(64) uint32_t words[64 * kSub];
+    alignas(64) float logits[kMaxRows][kTile];
+    alignas(64) int32_t weights[kMaxRows][kTile];  // kTile / 2 pairs, or kTile floats
+    float weight_scale[kMaxRows];
+    float weight_zero[kMaxRows];  // sum of the weights over the tile, in the units of `weights`
+    float keep[kMaxRows];
+    Tile tiles[2];
+};
+
+// Queries of one item and modality, ready for `multiply`; filled by `prepare_queries`.
+struct Queries {
+    int32_t* steps;      // [rows][stride], 16-bit pairs or floats, in the order of the key's words
+    float* scale;        // [rows][segments]
+    float* bias;         // [rows]: what the zero points of all codes amount to
+    float* mean_logit;   // [rows]
+    int64_t stride, segments;
+};
+
+template <class A>
+class Attention {
+  public:
+    Attention(const Attend& args, const Piece& piece, uint8_t* memory)
+        : args_(args), piece_(piece), group_(args.groups[piece.group]) {
+        s_ = reinterpret_cast<Scratch*>(memory);
+        memory += sizeof(Scratch);
+        for (int64_t m = 0; m < args.modalities; ++m) {
+            Queries& q = queries_[m];
+            q.stride = group_.key.rank / A::kPerStep;
+            q.segments = count_segments(group_.key);
+            q.steps = take<int32_t>(memory, piece.rows * q.stride);
+            q.scale = take<float>(memory, piece.rows * q.segments);
+            q.bias = take<float>(memory, piece.rows);
+            q.mean_logit = take<float>(memory, piece.rows);
+            s_->tiles[m].count = 0;
+        }
+        lanes_ = value_lanes(group_.value);
+    }
+
+    void run() {
+        prepare_queries();
+        for (int64_t m = 0; m < args_.modalities; ++m) {
+            std::fill_n(piece_.top + m * piece_.rows, piece_.rows, -kInfinity);
+            std::fill_n(piece_.total + m * piece_.rows, piece_.rows, 0.0f);
+            std::fill_n(sum(m, 0), piece_.rows * lanes_, 0.0f);
+        }
+        const int32_t* table = args_.table + piece_.request * args_.table_stride;
+        const int64_t size = args_.block_size;
+        for (int64_t position = piece_.start; position < piece_.stop;) {
+            const uint8_t* block = args_.cache + int64_t(table[position / size]) * args_.block_bytes;
+            const int64_t end = std::min(piece_.stop, (position / size + 1) * size);
+            for (; position < end; ++position) append(block, int32_t(position % size), position);
+        }
+        for (int64_t m = 0; m < args_.modalities; ++m)
+            if (s_->tiles[m].count) process(m);
+    }
+
+    static int64_t memory(const Attend& args, int64_t rows, int64_t rank) {
+        const int64_t per_row = rank + 64 + rank / 4;
+        return sizeof(Scratch) + args.modalities * (rows * per_row * 4 + 512);
+    }
+
+  private:
+    template <class T>
+    static T* take(uint8_t*& memory, int64_t count) {
+        T* result = reinterpret_cast<T*>(memory);
+        memory += (count * sizeof(T) + 63) / 64 * 64;
+        return result;
+    }
+
+    static int64_t count_segments(const Side& side) {
+        int64_t segments = 0;
+        for (int p = 0; p < side.num_planes; ++p) {
+            const int64_t words = words_per_segment<A>(side.planes[p].bits);
+            segments += (side.planes[p].bytes / 4 + words - 1) / words;
+        }
+        return segments;
+    }
+
+    float* sum(int64_t m, int64_t row) { return piece_.sums + (m * piece_.rows + row) * lanes_; }
+
+    void prepare_queries() {
+        const int64_t heads = args_.heads_per_group * args_.repeats;
+        const int64_t rank = group_.key.rank, width = args_.modalities * (rank + 1);
+        for (int64_t row = 0; row < piece_.rows; ++row) {
+            const int64_t token = piece_.first_token + (piece_.first_row + row) / heads;
+            const int64_t head = (piece_.first_row + row) % heads;
+            const int64_t kv = head / args_.repeats, repeat = head % args_.repeats;
+            const float* query = args_.queries[piece_.group] +
+                                 ((kv * args_.tokens + token) * args_.repeats + repeat) * width;
+            for (int64_t m = 0; m < args_.modalities; ++m) {
+                queries_[m].mean_logit[row] = query[args_.modalities * rank + m];
+                prepare_row(queries_[m], row, query + m * rank);
+            }
+        }
+    }
+
+    void prepare_row(Queries& q, int64_t row, const float* query) {
+        int32_t* out = q.steps + row * q.stride;
+        float* scales = q.scale + row * q.segments;
+        float bias = 0;
+        if constexpr (A::kPerStep == 1) {
+            std::memcpy(out, query, group_.key.rank * 4);
+            std::fill_n(scales, q.segments, 1.0f);
+        } else {
+            int16_t* to = reinterpret_cast<int16_t*>(out);
+            for_segments(group_.key, [&](const Plane& plane, int64_t, int64_t words) {
+                const int64_t dims = words * 32 / plane.bits;
+                float top = 1e-30f;
+                for (int64_t i = 0; i < dims; ++i) top = std::max(top, std::fabs(query[i]));
+                const float inverse = kLargest16 / top;
+                int64_t total = 0;
+                for (int64_t i = 0; i < dims; ++i) {
+                    to[i] = int16_t(int32_t(query[i] * inverse + kMagic - kMagic));
+                    total += to[i];
+                }
+                *scales = top / kLargest16;
+                bias -= *scales * 0.5f * float(zero_doubled(plane.bits)) * float(total);
+                to += dims, query += dims, ++scales;
+            });
+        }
+        q.bias[row] = bias;
+    }
+
+    // Calls f(plane, first word, words) for every segment.
+    template <class F>
+    AP_INLINE void for_segments(const Side& side, F f) {
+        for (int p = 0; p < side.num_planes; ++p) {
+            const Plane& plane = side.planes[p];
+            const int64_t limit = words_per_segment<A>(plane.bits), words = plane.bytes / 4;
+            for (int64_t w = 0; w < words; w += limit) f(plane, w, std::min(limit, words - w));
+        }
+    }
+
+    void append(const uint8_t* block, int32_t slot, int64_t position) {
+        const uint8_t byte = block[group_.key.scales + slot];
+        const int64_t m = args_.modalities == 2 ? byte >> 7 : 0;
+        Tile& tile = s_->tiles[m];
+        const int at = tile.count++;
+        tile.block[at] = block;
+        tile.slot[at] = slot;
+        tile.position[at] = int32_t(position);
+        tile.key_scale[at] = kScales.value[byte & 127];
+        tile.value_scale[at] = kScales.value[block[group_.value.scales + slot] & 127];
+        if (tile.count == kTile) process(m);
+    }
+
+    void process(int64_t m) {
+        Tile& tile = s_->tiles[m];
+        // Room for whole vectors: repeated tokens get no weight.
+        const int padded = (tile.count + 15) / 16 * 16;
+        for (int t = tile.count; t < padded; ++t) {
+            tile.block[t] = tile.block[0];
+            tile.slot[t] = tile.slot[0];
+            tile.key_scale[t] = tile.value_scale[t] = 0;
+        }
+        for (int from = 0; from < padded; from += kSub)
+            multiply_keys(m, from, std::min(kSub, padded - from));
+        for (int64_t row = 0; row < piece_.rows; ++row) weigh(m, row, padded);
+        multiply_values(m, padded);
+        tile.count = 0;
+    }
+
+    void multiply_keys(int64_t m, int from, int count) {
+        const Tile& tile = s_->tiles[m];
+        const Queries& q = queries_[m];
+        const uint8_t* rows[kSub];
+        int64_t step = 0, segment = 0;
+        for_segments(group_.key, [&](const Plane& plane, int64_t word, int64_t words) {
+            for (int t = 0; t < count; ++t)
+                rows[t] = tile.block[from + t] + plane.offset + tile.slot[from + t] * plane.bytes;
+            for (int t = 0; t < count; t += 8)
+                for (int64_t w = 0; w < words; w += 8)
+                    transpose_words(rows + t, 4 * (word + w), s_->words + w * kSub + t, kSub);
+            unpack_keys<A>(plane.bits, s_->words, words, s_->codes);
+            const int steps = int(words * 32 / plane.bits / A::kPerStep);
+            for (int v = 0; v < count / kLanes; v += 2) {
+                if (v + 1 < count / kLanes)
+                    key_blocks<2>(q, step, segment, steps, from, v);
+                else
+                    key_blocks<1>(q, step, segment, steps, from, v);
+            }
+            step += steps;
+            ++segment;
+        });
+    }
+
+    template <int N>
+    AP_INLINE void key_blocks(const Queries& q, int64_t step, int64_t segment, int steps, int from,
+                              int v) {
+        int64_t row = 0;
+        for (; row + 4 <= piece_.rows; row += 4) key_block<4, N>(q, row, step, segment, steps, from, v);
+        for (; row < piece_.rows; ++row) key_block<1, N>(q, row, step, segment, steps, from, v);
+    }
+
+    template <int ROWS, int N>
+    AP_INLINE void key_block(const Queries& q, int64_t row, int64_t step, int64_t segment, int steps,
+                             int from, int v) {
+        typename A::Sum acc[ROWS][N];
+        multiply<A, ROWS, N>(q.steps + row * q.stride + step, q.stride, s_->codes + v, kSubVectors,
+                             steps, acc);
+        for (int r = 0; r < ROWS; ++r) {
+            const float scale = q.scale[(row + r) * q.segments + segment];
+            for (int n = 0; n < N; ++n) {
+                float* logit = s_->logits[row + r] + from + (v + n) * kLanes;
+                const Float before = segment ? load<Float>(logit) : splat(q.bias[row + r]);
+                store(logit, before + A::value(acc[r][n]) * scale);
+            }
+        }
+    }
+
+    // Logits of one row become weights; the running softmax of the row moves on.
+    void weigh(int64_t m, int64_t row, int padded) {
+        const Tile& tile = s_->tiles[m];
+        float* logits = s_->logits[row];
+        const int seen = visible(tile, row);
+        const float mean_logit = queries_[m].mean_logit[row];
+        float& top = piece_.top[m * piece_.rows + row];
+        Float best = splat(-kInfinity);
+        for (int t = 0; t < padded; t += kLanes) {
+            const Float x = load<Float>(logits + t) * load<Float>(tile.key_scale + t) + mean_logit;
+            store(logits + t, x);
+        }
+        for (int t = seen; t < padded; ++t) logits[t] = -kInfinity;
+        for (int t = 0; t < padded; t += kLanes) best = maximum(best, load<Float>(logits + t));
+        const float new_top = std::max(top, largest(best));
+        s_->keep[row] = top == new_top ? 1.0f : std::exp(top - new_top);
+        top = new_top;
+        const float base = new_top == -kInfinity ? 0.0f : new_top;
+        Float mass{}, heaviest{};
+        for (int t = 0; t < padded; t += kLanes) {
+            const Float p = exponential(load<Float>(logits + t) - base);
+            mass = mass + p;
+            const Float weight = p * load<Float>(tile.value_scale + t);
+            heaviest = maximum(heaviest, weight);
+            store(logits + t, weight);
+        }
+        float& total = piece_.total[m * piece_.rows + row];
+        total = total * s_->keep[row] + attentionpack::sum(mass);
+        if constexpr (A::kPerStep == 1) {
+            std::memcpy(s_->weights[row], logits, padded * 4);
+            s_->weight_scale[row] = 1;
+            s_->weight_zero[row] = 0;
+        } else {
+            const float most = std::max(largest(heaviest), 1e-30f);
+            const float inverse = kLargest16 / most;
+            int16_t* out = reinterpret_cast<int16_t*>(s_->weights[row]);
+            int32_t sum_of_weights = 0;
+            for (int t = 0; t < padded; ++t) {
+                const int32_t weight = int32_t(logits[t] * inverse + kMagic - kMagic);
+                out[t] = int16_t(weight);
+                sum_of_weights += weight;
+            }
+            s_->weight_scale[row] = most / kLargest16;
+            s_->weight_zero[row] = float(sum_of_weights);
+        }
+    }
+
+    // How many tokens of the tile this row sees.
+    int visible(const Tile& tile, int64_t row) const {
+        const int64_t end = piece_.row_stop(args_, row);
+        if (tile.position[tile.count - 1] < end) return tile.count;
+        return int(std::lower_bound(tile.position, tile.position + tile.count, end) - tile.position);
+    }
+
+    void multiply_values(int64_t m, int padded) {
+        const Tile& tile = s_->tiles[m];
+        const int steps = padded / A::kPerStep;
+        const uint8_t* rows[kTile];
+        int64_t lane = 0;
+        for (int p = 0; p < group_.value.num_planes; ++p) {
+            const Plane& plane = group_.value.planes[p];
+            for (int t = 0; t < padded; ++t)
+                rows[t] = tile.block[t] + plane.offset + tile.slot[t] * plane.bytes;
+            const int64_t chunk = plane.bits == 16 ? 2 * kLanes : kLanes;
+            const int per_chunk = plane.bits == 16 ? 1 : int(8 / plane.bits);
+            int vectors = 0;
+            for (int64_t byte = 0; byte < plane.bytes; byte += chunk) {
+                const int bytes = int(std::min(chunk, plane.bytes - byte));
+                unpack_values(plane.bits, rows, byte, bytes, steps, s_->codes + vectors);
+                vectors += per_chunk;
+                if (vectors == kValueVectors || byte + chunk >= plane.bytes) {
+                    value_blocks(m, lane, vectors, steps, 0.5f * float(zero_doubled(plane.bits)));
+                    lane += vectors * kLanes;
+                    vectors = 0;
+                }
+            }
+        }
+    }
+
+    static void unpack_values(int64_t bits, const uint8_t* const* rows, int64_t byte, int bytes,
+                              int steps, Int* out) {
+        switch (bits) {
+            case 8: return unpack_value_chunk<A, 8>(rows, byte, bytes, steps, out);
+            case 4: return unpack_value_chunk<A, 4>(rows, byte, bytes, steps, out);
+            case 2: return unpack_value_chunk<A, 2>(rows, byte, bytes, steps, out);
+            default: return unpack_value_chunk_16(rows, byte, bytes, steps, out);
+        }
+    }
+
+    void value_blocks(int64_t m, int64_t lane, int vectors, int steps, float zero) {
+        for (int v = 0; v < vectors; v += 2) {
+            const int64_t at = lane + v * kLanes;
+            if (v + 1 < vectors)
+                value_rows<2>(m, at, v, steps, zero);
+            else
+                value_rows<1>(m, at, v, steps, zero);
+        }
+    }
+
+    template <int N>
+    AP_INLINE void value_rows(int64_t m, int64_t lane, int v, int steps, float zero) {
+        int64_t row = 0;
+        for (; row + 4 <= piece_.rows; row += 4) value_block<4, N>(m, row, lane, v, steps, zero);
+        for (; row < piece_.rows; ++row) value_block<1, N>(m, row, lane, v, steps, zero);
+    }
+
+    template <int ROWS, int N>
+    AP_INLINE void value_block(int64_t m, int64_t row, int64_t lane, int v, int steps, float zero) {
+        typename A::Sum acc[ROWS][N];
+        multiply<A, ROWS, N>(s_->weights[row], kTile, s_->codes + v, kValueVectors, steps, acc);
+        for (int r = 0; r < ROWS; ++r) {
+            const float keep = s_->keep[row + r], scale = s_->weight_scale[row + r];
+            const float shift = zero * s_->weight_zero[row + r];
+            for (int n = 0; n < N; ++n) {
+                float* to = sum(m, row + r) + lane + n * kLanes;
+                store(to, load<Float>(to) * keep + (A::value(acc[r][n]) - shift) * scale);
+            }
+        }
+    }
+
+    const Attend& args_;
+    const Piece& piece_;
+    const Group& group_;
+    Scratch* s_;
+    Queries queries_[2];
+    int64_t lanes_;
+};
+
+}  // namespace
+}  // namespace attentionpack
