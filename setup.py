@@ -30,6 +30,7 @@ setup(
                 "-fno-math-errno",
                 "-fno-trapping-math",
                 "-Wno-psabi",
+                "-Wno-maybe-uninitialized",
                 *EXTRA,
             ],
             # -fopenmp is for the compiler only: PyTorch has loaded an OpenMP runtime already, and

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "api.h"
 #include "kernels.h"
@@ -24,7 +25,10 @@ constexpr int kSteps = 128;    // 255 * 32767 * 2 * 128 still fits an int32
 constexpr int kSubVectors = kSub / kLanes;
 constexpr int kValueVectors = 4;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kLargest16 = 32767.0f;
+constexpr float kLargest16 = 32767.0f, kLargest8 = 127.0f;
+// Weights of a tile go to 8 bits, for the planes of 2 bits, where the largest is at most this many
+// times their root mean square: rounding then adds less than 1.4 % to dims whose own error is 34 %.
+constexpr float kEvenWeights = 6.0f;
 
 // Tokens of one modality, in the order of their positions.
 struct Tile {
@@ -45,6 +49,17 @@ struct Integers {
     static AP_INLINE Float value(Sum acc) { return to_float(acc); }
 };
 
+// Four codes of two bits to a lane, against numbers of 8 bits: what that adds to the error of 2-bit
+// codes is small, and it is twice as fast.
+struct Quads {
+    typedef Int Sum;
+    static constexpr int kPerStep = 4;
+    static AP_INLINE Sum step(Sum acc, int32_t left, Int right) {
+        return dot_quad(acc, right, splat(left));
+    }
+    static AP_INLINE Float value(Sum acc) { return to_float(quad_sum(acc)); }
+};
+
 struct Floats {
     typedef Float Sum;
     static constexpr int kPerStep = 1;
@@ -63,40 +78,55 @@ AP_INLINE void multiply(const int32_t* left, int64_t left_stride, const Int* rig
     for (int s = 0; s < steps; ++s) {
         Int column[N];
         for (int n = 0; n < N; ++n) column[n] = right[s * right_stride + n];
-        for (int r = 0; r < ROWS; ++r)
-            for (int n = 0; n < N; ++n)
-                out[r][n] = A::step(out[r][n], left[r * left_stride + s], column[n]);
+        for (int r = 0; r < ROWS; ++r) {
+            for (int n = 0; n < N; ++n) {
+                out[r][n] = pinned(A::step(out[r][n], left[r * left_stride + s], column[n]));
+            }
+        }
     }
 }
 
 constexpr int zero_doubled(int64_t bits) { return bits == 16 ? 0 : (1 << bits) - 1; }
 
-// Runs of words of a plane that unpack to at most kSteps steps.
+// Latent dims of a plane that one step of a product with keys takes.
+template <class A>
+AP_INLINE int64_t dims_per_step(int64_t bits) {
+    return A::kPerStep == 2 && bits == 2 ? 4 : A::kPerStep;
+}
+
+// Words of a plane that share a scale of the queries and are unpacked at a time.
 template <class A>
 AP_INLINE int64_t words_per_segment(int64_t bits) {
-    return kSteps * A::kPerStep * bits / 32;
+    const int64_t per_step = dims_per_step<A>(bits);
+    return (per_step == 4 ? kSteps / 4 : kSteps) * per_step * bits / 32;
 }
 
 template <class A, int BITS>
 AP_INLINE void unpack_key_words(const uint32_t* words, int64_t count, Int* out) {
     constexpr uint32_t mask = (1u << BITS) - 1;
+    const auto each = [&](int64_t w, int shift, auto unpack) {
+        for (int v = 0; v < kSubVectors; ++v)
+            *out++ = unpack(load<Word>(words + w * kSub + v * kLanes) >> shift);
+    };
+    const auto pair = [](Word word) { return (Int)(word & (mask << 16 | mask)); };
+    const auto quad = [](Word word) { return (Int)(word & (mask * 0x01010101u)); };
+    const auto single = [](Word word) {
+        return (Int)(to_float(word & mask) - 0.5f * zero_doubled(BITS));
+    };
     for (int64_t w = 0; w < count; ++w) {
-        for (int half = 0; half < 2; ++half) {
-            for (int shift = 8 * half; shift < 8 * half + 8; shift += BITS) {
-                if constexpr (A::kPerStep == 2) {
-                    for (int v = 0; v < kSubVectors; ++v) {
-                        const Word word = load<Word>(words + w * kSub + v * kLanes);
-                        *out++ = (Int)((word >> shift) & (mask << 16 | mask));
-                    }
-                } else {
-                    for (int at = shift; at < 32; at += 16) {
-                        for (int v = 0; v < kSubVectors; ++v) {
-                            const Word word = load<Word>(words + w * kSub + v * kLanes);
-                            const Float code = to_float((word >> at) & mask);
-                            *out++ = (Int)(code - 0.5f * zero_doubled(BITS));
-                        }
-                    }
-                }
+        if constexpr (BITS == 2) {
+            for (int k = 0; k < 8; k += BITS) {
+                if constexpr (A::kPerStep == 2)
+                    each(w, k, quad);
+                else
+                    for (int byte = 0; byte < 32; byte += 8) each(w, byte + k, single);
+            }
+        } else {
+            for (int shift = 0; shift < 16; shift += BITS) {
+                if constexpr (A::kPerStep == 2)
+                    each(w, shift, pair);
+                else
+                    for (int high = 0; high < 32; high += 16) each(w, high + shift, single);
             }
         }
     }
@@ -122,27 +152,56 @@ void unpack_keys(int64_t bits, const uint32_t* words, int64_t count, Int* out) {
     }
 }
 
+// Whole numbers of at most `limit` for `count` floats; returns what one of them stands for, and
+// their sum.
+template <class T>
+float quantize(const float* from, int64_t count, float limit, void* to, float* total) {
+    Float top = splat(1e-30f);
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const Float x = part(from, i, count);
+        top = maximum(top, maximum(x, Float{} - x));
+    }
+    const float scale = largest(top) / limit, inverse = 1.0f / scale;
+    typedef T Narrow __attribute__((vector_size(sizeof(T) * kLanes)));
+    Int sums{};
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const Int rounded = to_int(part(from, i, count) * inverse);
+        const Narrow narrow = __builtin_convertvector(rounded, Narrow);
+        const int64_t lanes = std::min<int64_t>(kLanes, count - i);
+        std::memcpy(static_cast<T*>(to) + i, &narrow, lanes * sizeof(T));
+        sums += rounded;
+    }
+    float sum_of_floats = 0;
+    for (int i = 0; i < kLanes; ++i) sum_of_floats += float(sums[i]);
+    *total = sum_of_floats;
+    return scale;
+}
+
 // One chunk of kLanes bytes (kLanes latents of 16 bits) of all tokens of a tile becomes 8 / BITS
 // vectors: out[step * stride + k], k the sub-plane.
 template <class A, int BITS>
 AP_INLINE void unpack_value_chunk(const uint8_t* const* rows, int64_t byte, int bytes, int steps,
                                   Int* out) {
     constexpr uint32_t mask = (1u << BITS) - 1;
+    constexpr int spread = 32 / A::kPerStep;  // bits from one token of a step to the next
     const bool whole = bytes == kLanes;
     for (int s = 0; s < steps; ++s) {
         Word word{};
         for (int e = 0; e < A::kPerStep; ++e) {
             const uint8_t* from = rows[s * A::kPerStep + e] + byte;
-            const Bytes read = whole ? load<Bytes>(from) : load_head<Bytes>(from, bytes);
-            word |= __builtin_convertvector(read, Word) << (16 * e);
+            const Word read = whole ? load_bytes(from)
+                                    : __builtin_convertvector(load_head<Bytes>(from, bytes), Word);
+            word |= read << (spread % 32 * e);
         }
         for (int k = 0; k < 8 / BITS; ++k) {
-            if constexpr (A::kPerStep == 2) {
-                out[s * kValueVectors + k] = (Int)((word >> (BITS * k)) & (mask << 16 | mask));
-            } else {
-                const Float code = to_float((word >> (BITS * k)) & mask);
-                out[s * kValueVectors + k] = (Int)(code - 0.5f * zero_doubled(BITS));
-            }
+            const Word codes = word >> (BITS * k);
+            if constexpr (A::kPerStep == 4)
+                out[s * kValueVectors + k] = (Int)(codes & (mask * 0x01010101u));
+            else if constexpr (A::kPerStep == 2)
+                out[s * kValueVectors + k] = (Int)(codes & (mask << 16 | mask));
+            else
+                out[s * kValueVectors + k] =
+                    (Int)(to_float(codes & mask) - 0.5f * zero_doubled(BITS));
         }
     }
 }
@@ -175,6 +234,12 @@ struct Scratch {
     alignas(64) int32_t weights[kMaxRows][kTile];  // kTile / 2 pairs, or kTile floats
     float weight_scale[kMaxRows];
     float weight_zero[kMaxRows];  // sum of the weights over the tile, in the units of `weights`
+    // The same in 8 bits, of rows that are `even`.
+    alignas(64) Int quad_codes[kTile / 4 * kValueVectors];
+    alignas(64) int32_t quad_weights[kMaxRows][kTile / 4];
+    float quad_scale[kMaxRows];
+    float quad_zero[kMaxRows];
+    bool even[kMaxRows];
     float keep[kMaxRows];
     Tile tiles[2];
 };
@@ -197,7 +262,7 @@ class Attention {
         memory += sizeof(Scratch);
         for (int64_t m = 0; m < args.modalities; ++m) {
             Queries& q = queries_[m];
-            q.stride = group_.key.rank / A::kPerStep;
+            q.stride = count_steps(group_.key);
             q.segments = count_segments(group_.key);
             q.steps = take<int32_t>(memory, piece.rows * q.stride);
             q.scale = take<float>(memory, piece.rows * q.segments);
@@ -239,6 +304,13 @@ class Attention {
         return result;
     }
 
+    static int64_t count_steps(const Side& side) {
+        int64_t steps = 0;
+        for (int p = 0; p < side.num_planes; ++p)
+            steps += side.planes[p].dims / dims_per_step<A>(side.planes[p].bits);
+        return steps;
+    }
+
     static int64_t count_segments(const Side& side) {
         int64_t segments = 0;
         for (int p = 0; p < side.num_planes; ++p) {
@@ -274,20 +346,16 @@ class Attention {
             std::memcpy(out, query, group_.key.rank * 4);
             std::fill_n(scales, q.segments, 1.0f);
         } else {
-            int16_t* to = reinterpret_cast<int16_t*>(out);
             for_segments(group_.key, [&](const Plane& plane, int64_t, int64_t words) {
                 const int64_t dims = words * 32 / plane.bits;
-                float top = 1e-30f;
-                for (int64_t i = 0; i < dims; ++i) top = std::max(top, std::fabs(query[i]));
-                const float inverse = kLargest16 / top;
-                int64_t total = 0;
-                for (int64_t i = 0; i < dims; ++i) {
-                    to[i] = int16_t(int32_t(query[i] * inverse + kMagic - kMagic));
-                    total += to[i];
-                }
-                *scales = top / kLargest16;
-                bias -= *scales * 0.5f * float(zero_doubled(plane.bits)) * float(total);
-                to += dims, query += dims, ++scales;
+                const bool quads = dims_per_step<A>(plane.bits) == 4;
+                float total;
+                *scales = quads ? quantize<int8_t>(query, dims, 127, out, &total)
+                                : quantize<int16_t>(query, dims, 32767, out, &total);
+                bias -= *scales * 0.5f * float(zero_doubled(plane.bits)) * total;
+                out += dims / dims_per_step<A>(plane.bits);
+                query += dims;
+                ++scales;
             });
         }
         q.bias[row] = bias;
@@ -334,7 +402,6 @@ class Attention {
 
     void multiply_keys(int64_t m, int from, int count) {
         const Tile& tile = s_->tiles[m];
-        const Queries& q = queries_[m];
         const uint8_t* rows[kSub];
         int64_t step = 0, segment = 0;
         for_segments(group_.key, [&](const Plane& plane, int64_t word, int64_t words) {
@@ -344,38 +411,48 @@ class Attention {
                 for (int64_t w = 0; w < words; w += 8)
                     transpose_words(rows + t, 4 * (word + w), s_->words + w * kSub + t, kSub);
             unpack_keys<A>(plane.bits, s_->words, words, s_->codes);
-            const int steps = int(words * 32 / plane.bits / A::kPerStep);
-            for (int v = 0; v < count / kLanes; v += 2) {
-                if (v + 1 < count / kLanes)
-                    key_blocks<2>(q, step, segment, steps, from, v);
-                else
-                    key_blocks<1>(q, step, segment, steps, from, v);
-            }
+            const int64_t per_step = dims_per_step<A>(plane.bits);
+            const int steps = int(words * 32 / plane.bits / per_step);
+            const KeyWork work{m, step, segment, steps, from};
+            if (A::kPerStep == 2 && per_step == 4)
+                key_columns<Quads>(work, count / kLanes);
+            else
+                key_columns<A>(work, count / kLanes);
             step += steps;
             ++segment;
         });
     }
 
-    template <int N>
-    AP_INLINE void key_blocks(const Queries& q, int64_t step, int64_t segment, int steps, int from,
-                              int v) {
-        int64_t row = 0;
-        for (; row + 4 <= piece_.rows; row += 4) key_block<4, N>(q, row, step, segment, steps, from, v);
-        for (; row < piece_.rows; ++row) key_block<1, N>(q, row, step, segment, steps, from, v);
+    // One segment of the keys of a modality, unpacked, at the tokens `from` on.
+    struct KeyWork {
+        int64_t m, step, segment;
+        int steps, from;
+    };
+
+    template <class B>
+    AP_INLINE void key_columns(const KeyWork& work, int vectors) {
+        for (int v = 0; v < vectors; v += 2) {
+            for_row_blocks([&](auto size, int64_t row) {
+                if (v + 1 < vectors)
+                    key_block<B, size, 2>(work, row, v);
+                else
+                    key_block<B, size, 1>(work, row, v);
+            });
+        }
     }
 
-    template <int ROWS, int N>
-    AP_INLINE void key_block(const Queries& q, int64_t row, int64_t step, int64_t segment, int steps,
-                             int from, int v) {
-        typename A::Sum acc[ROWS][N];
-        multiply<A, ROWS, N>(q.steps + row * q.stride + step, q.stride, s_->codes + v, kSubVectors,
-                             steps, acc);
+    template <class B, int ROWS, int N>
+    AP_INLINE void key_block(const KeyWork& work, int64_t row, int v) {
+        const Queries& q = queries_[work.m];
+        typename B::Sum acc[ROWS][N];
+        multiply<B, ROWS, N>(q.steps + row * q.stride + work.step, q.stride, s_->codes + v,
+                             kSubVectors, work.steps, acc);
         for (int r = 0; r < ROWS; ++r) {
-            const float scale = q.scale[(row + r) * q.segments + segment];
+            const float scale = q.scale[(row + r) * q.segments + work.segment];
             for (int n = 0; n < N; ++n) {
-                float* logit = s_->logits[row + r] + from + (v + n) * kLanes;
-                const Float before = segment ? load<Float>(logit) : splat(q.bias[row + r]);
-                store(logit, before + A::value(acc[r][n]) * scale);
+                float* logit = s_->logits[row + r] + work.from + (v + n) * kLanes;
+                const Float before = work.segment ? load<Float>(logit) : splat(q.bias[row + r]);
+                store(logit, before + B::value(acc[r][n]) * scale);
             }
         }
     }
@@ -398,13 +475,14 @@ class Attention {
         s_->keep[row] = top == new_top ? 1.0f : std::exp(top - new_top);
         top = new_top;
         const float base = new_top == -kInfinity ? 0.0f : new_top;
-        Float mass{}, heaviest{};
+        Float mass{}, energy{}, heaviest{};
         for (int t = 0; t < padded; t += kLanes) {
             const Float p = exponential(load<Float>(logits + t) - base);
             mass = mass + p;
             const Float weight = p * load<Float>(tile.value_scale + t);
-            heaviest = maximum(heaviest, weight);
             store(logits + t, weight);
+            energy = energy + weight * weight;
+            heaviest = maximum(heaviest, weight);
         }
         float& total = piece_.total[m * piece_.rows + row];
         total = total * s_->keep[row] + attentionpack::sum(mass);
@@ -413,17 +491,14 @@ class Attention {
             s_->weight_scale[row] = 1;
             s_->weight_zero[row] = 0;
         } else {
-            const float most = std::max(largest(heaviest), 1e-30f);
-            const float inverse = kLargest16 / most;
-            int16_t* out = reinterpret_cast<int16_t*>(s_->weights[row]);
-            int32_t sum_of_weights = 0;
-            for (int t = 0; t < padded; ++t) {
-                const int32_t weight = int32_t(logits[t] * inverse + kMagic - kMagic);
-                out[t] = int16_t(weight);
-                sum_of_weights += weight;
-            }
-            s_->weight_scale[row] = most / kLargest16;
-            s_->weight_zero[row] = float(sum_of_weights);
+            s_->weight_scale[row] = quantize<int16_t>(logits, padded, kLargest16, s_->weights[row],
+                                                      &s_->weight_zero[row]);
+            const float most = largest(heaviest);
+            s_->even[row] = most * most * float(tile.count) <=
+                            kEvenWeights * kEvenWeights * attentionpack::sum(energy);
+            if (s_->even[row])
+                s_->quad_scale[row] = quantize<int8_t>(logits, padded, kLargest8,
+                                                       s_->quad_weights[row], &s_->quad_zero[row]);
         }
     }
 
@@ -436,27 +511,76 @@ class Attention {
 
     void multiply_values(int64_t m, int padded) {
         const Tile& tile = s_->tiles[m];
-        const int steps = padded / A::kPerStep;
         const uint8_t* rows[kTile];
-        int64_t lane = 0;
+        int64_t even_rows = 0;
+        for_row_blocks([&](auto size, int64_t row) {
+            if (all_even(row, size)) even_rows += size;
+        });
+        ValueWork work{m, 0, padded / A::kPerStep, 0, even_rows > 0, even_rows < piece_.rows};
         for (int p = 0; p < group_.value.num_planes; ++p) {
             const Plane& plane = group_.value.planes[p];
             for (int t = 0; t < padded; ++t)
                 rows[t] = tile.block[t] + plane.offset + tile.slot[t] * plane.bytes;
             const int64_t chunk = plane.bits == 16 ? 2 * kLanes : kLanes;
             const int per_chunk = plane.bits == 16 ? 1 : int(8 / plane.bits);
+            work.zero = 0.5f * float(zero_doubled(plane.bits));
             int vectors = 0;
             for (int64_t byte = 0; byte < plane.bytes; byte += chunk) {
                 const int bytes = int(std::min(chunk, plane.bytes - byte));
-                unpack_values(plane.bits, rows, byte, bytes, steps, s_->codes + vectors);
+                if (A::kPerStep == 2 && plane.bits == 2) {
+                    narrow_chunk(rows, byte, bytes, work);
+                    work.lane += kValueVectors * kLanes;
+                    continue;
+                }
+                unpack_values(plane.bits, rows, byte, bytes, work.steps, s_->codes + vectors);
                 vectors += per_chunk;
                 if (vectors == kValueVectors || byte + chunk >= plane.bytes) {
-                    value_blocks(m, lane, vectors, steps, 0.5f * float(zero_doubled(plane.bits)));
-                    lane += vectors * kLanes;
+                    for_row_blocks([&](auto size, int64_t row) {
+                        value_columns<A, size>(work, row, vectors);
+                    });
+                    work.lane += vectors * kLanes;
                     vectors = 0;
                 }
             }
         }
+    }
+
+    // One chunk of unpacked values of a modality. `even` and `uneven`: whether there are blocks of
+    // rows whose weights go to 8 bits, and others.
+    struct ValueWork {
+        int64_t m, lane;
+        int steps;
+        float zero;
+        bool even, uneven;
+    };
+
+    // Calls f(rows, first row) for blocks of four rows and then for single ones; the number of rows
+    // is a constant expression.
+    template <class F>
+    AP_INLINE void for_row_blocks(F f) {
+        int64_t row = 0;
+        for (; row + 4 <= piece_.rows; row += 4) f(std::integral_constant<int, 4>{}, row);
+        for (; row < piece_.rows; ++row) f(std::integral_constant<int, 1>{}, row);
+    }
+
+    bool all_even(int64_t row, int size) const {
+        if (A::kPerStep != 2) return false;
+        for (int r = 0; r < size; ++r)
+            if (!s_->even[row + r]) return false;
+        return true;
+    }
+
+    // A chunk of a plane of 2 bits: each block of rows takes the weights that suit it.
+    void narrow_chunk(const uint8_t* const* rows, int64_t byte, int bytes, const ValueWork& work) {
+        if (work.even)
+            unpack_value_chunk<Quads, 2>(rows, byte, bytes, work.steps / 2, s_->quad_codes);
+        if (work.uneven) unpack_value_chunk<A, 2>(rows, byte, bytes, work.steps, s_->codes);
+        for_row_blocks([&](auto size, int64_t row) {
+            if (all_even(row, size))
+                value_columns<Quads, size>(work, row, kValueVectors);
+            else
+                value_columns<A, size>(work, row, kValueVectors);
+        });
     }
 
     static void unpack_values(int64_t bits, const uint8_t* const* rows, int64_t byte, int bytes,
@@ -469,33 +593,32 @@ class Attention {
         }
     }
 
-    void value_blocks(int64_t m, int64_t lane, int vectors, int steps, float zero) {
+    template <class B, int ROWS>
+    AP_INLINE void value_columns(const ValueWork& work, int64_t row, int vectors) {
         for (int v = 0; v < vectors; v += 2) {
-            const int64_t at = lane + v * kLanes;
             if (v + 1 < vectors)
-                value_rows<2>(m, at, v, steps, zero);
+                value_block<B, ROWS, 2>(work, row, v);
             else
-                value_rows<1>(m, at, v, steps, zero);
+                value_block<B, ROWS, 1>(work, row, v);
         }
     }
 
-    template <int N>
-    AP_INLINE void value_rows(int64_t m, int64_t lane, int v, int steps, float zero) {
-        int64_t row = 0;
-        for (; row + 4 <= piece_.rows; row += 4) value_block<4, N>(m, row, lane, v, steps, zero);
-        for (; row < piece_.rows; ++row) value_block<1, N>(m, row, lane, v, steps, zero);
-    }
-
-    template <int ROWS, int N>
-    AP_INLINE void value_block(int64_t m, int64_t row, int64_t lane, int v, int steps, float zero) {
-        typename A::Sum acc[ROWS][N];
-        multiply<A, ROWS, N>(s_->weights[row], kTile, s_->codes + v, kValueVectors, steps, acc);
+    template <class B, int ROWS, int N>
+    AP_INLINE void value_block(const ValueWork& work, int64_t row, int v) {
+        constexpr bool quads = B::kPerStep == 4;
+        const int32_t* weights = quads ? s_->quad_weights[row] : s_->weights[row];
+        const float* scales = quads ? s_->quad_scale : s_->weight_scale;
+        const float* zeros = quads ? s_->quad_zero : s_->weight_zero;
+        typename B::Sum acc[ROWS][N];
+        multiply<B, ROWS, N>(weights, quads ? kTile / 4 : kTile,
+                             (quads ? s_->quad_codes : s_->codes) + v, kValueVectors,
+                             quads ? work.steps / 2 : work.steps, acc);
         for (int r = 0; r < ROWS; ++r) {
-            const float keep = s_->keep[row + r], scale = s_->weight_scale[row + r];
-            const float shift = zero * s_->weight_zero[row + r];
+            const float keep = s_->keep[row + r], scale = scales[row + r];
+            const float shift = work.zero * zeros[row + r];
             for (int n = 0; n < N; ++n) {
-                float* to = sum(m, row + r) + lane + n * kLanes;
-                store(to, load<Float>(to) * keep + (A::value(acc[r][n]) - shift) * scale);
+                float* to = sum(work.m, row + r) + work.lane + (v + n) * kLanes;
+                store(to, load<Float>(to) * keep + (B::value(acc[r][n]) - shift) * scale);
             }
         }
     }

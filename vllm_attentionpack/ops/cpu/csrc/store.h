@@ -14,12 +14,6 @@ namespace {
 
 constexpr int kScaleZeroPoint = 64, kScaleSteps = 8, kModalityBit = 0x80;
 
-// The whole vector at `i`, or its first `count - i` lanes and zeros.
-AP_INLINE Float part(const float* from, int64_t i, int64_t count) {
-    if (i + kLanes <= count) return load<Float>(from + i);
-    return load_head<Float>(from + i, int((count - i) * 4));
-}
-
 class TokenStore {
   public:
     TokenStore(const Store& args, int64_t token, float* memory)

@@ -42,6 +42,18 @@ AP_INLINE V load_head(const void* from, int count) {
     return v;
 }
 
+// Holds a value in its register: left alone, GCC delays the sums of a register block until it runs
+// out of registers.
+template <class V>
+AP_INLINE V pinned(V value) {
+#if defined(AP_AVX2)
+    asm("" : "+x"(value));
+#elif !defined(AP_SCALAR)
+    asm("" : "+v"(value));
+#endif
+    return value;
+}
+
 AP_INLINE Float splat(float x) { return Float{} + x; }
 AP_INLINE Int splat(int32_t x) { return Int{} + x; }
 AP_INLINE Float to_float(Int x) { return __builtin_convertvector(x, Float); }
@@ -99,6 +111,51 @@ AP_INLINE Int dot(Int acc, Int a, Int b) {
 #else
     return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
 #endif
+}
+
+// acc + the products of four codes (8 bits, at most 3 each) with four signed 8-bit numbers per lane.
+// The lanes of the sum are two 16-bit halves where the hardware has nothing wider: 43 steps fit.
+constexpr int kQuadSteps = 43;
+AP_INLINE Int dot_quad(Int acc, Int codes, Int numbers) {
+#if defined(AP_AVX512_VNNI)
+    return (Int)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)codes, (__m512i)numbers);
+#elif defined(AP_AVX512)
+    return (Int)_mm512_add_epi16((__m512i)acc,
+                                 _mm512_maddubs_epi16((__m512i)codes, (__m512i)numbers));
+#elif defined(AP_AVX2)
+    return (Int)_mm256_add_epi16((__m256i)acc,
+                                 _mm256_maddubs_epi16((__m256i)codes, (__m256i)numbers));
+#else
+    for (int shift = 0; shift < 32; shift += 8)
+        acc += ((numbers << (24 - shift)) >> 24) * ((codes >> shift) & 0xff);
+    return acc;
+#endif
+}
+
+// The sum per lane that `dot_quad` has gathered.
+AP_INLINE Int quad_sum(Int acc) {
+#if defined(AP_AVX512) || defined(AP_AVX2)
+    return dot(Int{}, acc, splat(0x00010001));
+#else
+    return acc;
+#endif
+}
+
+// The bytes of a row, one per lane.
+AP_INLINE Word load_bytes(const uint8_t* from) {
+#if defined(AP_AVX2)
+    return (Word)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#elif defined(AP_AVX512) || defined(AP_AVX512_VNNI)
+    return (Word)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+#else
+    return __builtin_convertvector(load<Bytes>(from), Word);
+#endif
+}
+
+// The whole vector at `i`, or its first `count - i` lanes and zeros.
+AP_INLINE Float part(const float* from, int64_t i, int64_t count) {
+    if (i + kLanes <= count) return load<Float>(from + i);
+    return load_head<Float>(from + i, int((count - i) * 4));
 }
 
 // Writes 32-bit words of eight tokens with the tokens side by side: out[w * stride + t] is word w of
