@@ -25,11 +25,14 @@ def attend(
     exact_fresh: bool = False,
     ranges: list[tuple[int, int]] | None = None,
     causal: bool = True,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """Output `[T, Hq, D]` and log-sum-exp `[T, Hq]` in float64; zero and `-inf` over no token.
 
     With `exact_fresh` the new tokens of a request are taken as they are, otherwise as their codes.
-    `ranges` holds the (start, stop) of `paged_attention` per request, by default the whole request.
+    With another `dtype` it is what plain PyTorch makes of the same tokens in that dtype: the measure
+    for the error of a kernel. `ranges` holds the (start, stop) of `paged_attention` per request, by
+    default the whole request.
     """
     outputs, lses = [], []
     token = 0
@@ -42,11 +45,11 @@ def attend(
             key = torch.cat([key[:context], batch.key[row][context:]])
             value = torch.cat([value[:context], batch.value[row][context:]])
         repeats = batch.query.shape[1] // key.shape[1]
-        key, value = (x.double().repeat_interleave(repeats, 1) for x in (key, value))
+        key, value = (x.to(dtype).repeat_interleave(repeats, 1) for x in (key, value))
         start, stop = ranges[row] if ranges else (0, context + fresh)
         for i in range(fresh):
             end = max(stop - (fresh - 1 - i if causal else 0), start)
-            query = batch.query[token].double()
+            query = batch.query[token].to(dtype)
             logits = torch.einsum("hd,nhd->hn", query, key[start:end]) * scale
             outputs.append(torch.einsum("hn,nhd->hd", logits.softmax(-1), value[start:end]))
             lses.append(logits.logsumexp(-1))

@@ -17,6 +17,11 @@ from vllm_attentionpack.ops.cpu import library
 from vllm_attentionpack.ops.cpu.plan import CpuPlan, EncodeTables, plan_of
 
 
+#: Of the numbers that codes are multiplied with, so that the error stays near that of the model's
+#: own dtype: floats, 16-bit integers, or 8-bit ones for the codes of 2 bits and 16-bit ones else.
+BITS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 8}
+
+
 @dataclass(frozen=True)
 class CpuQuery:
     """Absorbed queries.
@@ -24,11 +29,11 @@ class CpuQuery:
     Attributes:
         latent: float32 `[G, T, repeats, M * (Rk + 1)]` per head group: latent queries of each
             modality, then the logits of the mean keys.
-        exact: products in float32, since the model runs in it; otherwise in 16-bit integers.
+        bits: of the numbers that codes are multiplied with; see `BITS`.
     """
 
     latent: list[Tensor]
-    exact: bool
+    bits: int
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ def absorb_query(query: Tensor, codec: LayerCodec, scale: float) -> CpuQuery:
         )
         for g, matrix in enumerate(_plan(codec).absorb)
     ]
-    return CpuQuery(latent, query.dtype == torch.float32)
+    return CpuQuery(latent, BITS[query.dtype])
 
 
 def paged_attention(
@@ -148,7 +153,7 @@ def paged_attention(
         block_size,
         codec.num_modalities,
         causal,
-        query.exact,
+        query.bits,
     )
     return CpuAttended(latent, lse)
 

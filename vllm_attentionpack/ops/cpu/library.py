@@ -29,7 +29,7 @@ class _Attend(ctypes.Structure):
         *((name, _INT) for name in ("threads", "num_requests", "num_groups", "modalities")),
         *((name, _INT) for name in ("heads_per_group", "repeats", "tokens")),
         *((name, _INT) for name in ("block_size", "block_bytes", "table_stride")),
-        *((name, _INT) for name in ("causal", "exact")),
+        *((name, _INT) for name in ("causal", "bits")),
         *((name, _POINTER) for name in ("groups", "cache", "table", "starts", "stops")),
         *((name, _POINTER) for name in ("query_start_loc", "queries", "outputs", "lse")),
     )
@@ -111,7 +111,7 @@ _LIBRARY = torch.library.Library("attentionpack", "FRAGMENT")
 _LIBRARY.define(
     "cpu_attend(Tensor[] queries, Tensor layout, int[] widths, Tensor kv_cache, "
     "Tensor block_table, Tensor? starts, Tensor stops, Tensor query_start_loc, int block_size, "
-    "int modalities, bool causal, bool exact) -> Tensor[]"
+    "int modalities, bool causal, int bits) -> Tensor[]"
 )
 _LIBRARY.define(
     "cpu_store(Tensor latent, Tensor bias, Tensor step, Tensor weight, Tensor slots, "
@@ -131,7 +131,7 @@ def _attend(
     block_size: int,
     modalities: int,
     causal: bool,
-    exact: bool,
+    bits: int,
 ) -> list[Tensor]:
     """See `plan.py` for layouts and orders.
 
@@ -144,6 +144,8 @@ def _attend(
         starts: int32 `[B]`, or None for zeros.
         stops: int32 `[B]`.
         query_start_loc: int32 `[B + 1]`.
+        bits: of the numbers that codes are multiplied with: 32 for floats, 16, or 8, which goes
+            for codes of 2 bits.
 
     Returns:
         float32 `[G, T, repeats, width]` per head group, and last the log-sum-exp `[T, Hq]`.
@@ -168,7 +170,7 @@ def _attend(
         kv_cache.stride(0),
         table.stride(0),
         causal,
-        exact,
+        bits,
         layout.data_ptr(),
         kv_cache.data_ptr(),
         table.data_ptr(),

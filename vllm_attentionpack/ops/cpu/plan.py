@@ -3,9 +3,8 @@
 The kernels take latent dims in the order in which unpacking finds them, so that no code is ever
 moved: the matrices of `absorb_query` and `up_project` have their columns and rows permuted instead.
 
-*Keys* are read as 32-bit words. A word of a 4- or 8-bit plane yields, for each of its lower two
-bytes and each code `k` of a byte, a pair of dims: that of the byte and that of the byte two further
-on; a word of a 2-bit plane yields, for each code `k` of a byte, the dims of its four bytes.
+*Keys* are read as 32-bit words. A word yields, for each code `k` of a byte and each of its lower two
+bytes, a pair of dims: that of the byte and that of the byte two further on.
 *Values* are read in chunks of as many bytes as a vector has lanes; a chunk yields one vector per
 code of a byte. A last chunk that is not full leaves lanes that stand for no dim.
 """
@@ -103,13 +102,11 @@ def key_order(counts: PlaneCounts) -> Tensor:
             order += range(start, start + dims)
         elif dims:
             stride = bits * dims // 8  # bytes per token: dims of one byte are that far apart
-            steps = ((0, 1, 2, 3),) if bits == 2 else ((0, 2), (1, 3))
             order += (
                 start + k * stride + word + byte
                 for word in range(0, stride, 4)
-                for step in steps
                 for k in range(8 // bits)
-                for byte in step
+                for byte in (0, 2, 1, 3)
             )
         start += dims
     return torch.tensor(order)

@@ -30,7 +30,8 @@ struct Attend {
     int64_t tokens;           // all queries of the step
     int64_t block_size, block_bytes, table_stride;
     int64_t causal;
-    int64_t exact;  // float32 products instead of 16-bit ones
+    // Of the numbers that codes are multiplied with: 32 (floats), 16, or 8 (where codes have two).
+    int64_t bits;
     const Group* groups;
     const uint8_t* cache;
     const int32_t* table;

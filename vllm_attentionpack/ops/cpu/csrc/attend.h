@@ -40,9 +40,12 @@ struct Tile {
     float value_scale[kTile];
 };
 
+// `NARROW`: planes of 2 bits may go by `Quads`.
+template <bool NARROW>
 struct Integers {
     typedef Int Sum;
     static constexpr int kPerStep = 2;
+    static constexpr bool kNarrow = NARROW;
     static AP_INLINE Sum step(Sum acc, int32_t left, Int right) {
         return dot(acc, splat(left), right);
     }
@@ -63,6 +66,7 @@ struct Quads {
 struct Floats {
     typedef Float Sum;
     static constexpr int kPerStep = 1;
+    static constexpr bool kNarrow = false;
     static AP_INLINE Sum step(Sum acc, int32_t left, Int right) {
         return acc + (Float)splat(left) * (Float)right;
     }
@@ -91,7 +95,7 @@ constexpr int zero_doubled(int64_t bits) { return bits == 16 ? 0 : (1 << bits) -
 // Latent dims of a plane that one step of a product with keys takes.
 template <class A>
 AP_INLINE int64_t dims_per_step(int64_t bits) {
-    return A::kPerStep == 2 && bits == 2 ? 4 : A::kPerStep;
+    return A::kNarrow && bits == 2 ? 4 : A::kPerStep;
 }
 
 // Words of a plane that share a scale of the queries and are unpacked at a time.
@@ -114,15 +118,12 @@ AP_INLINE void unpack_key_words(const uint32_t* words, int64_t count, Int* out) 
         return (Int)(to_float(word & mask) - 0.5f * zero_doubled(BITS));
     };
     for (int64_t w = 0; w < count; ++w) {
-        if constexpr (BITS == 2) {
-            for (int k = 0; k < 8; k += BITS) {
-                if constexpr (A::kPerStep == 2)
-                    each(w, k, quad);
-                else
-                    for (int byte = 0; byte < 32; byte += 8) each(w, byte + k, single);
-            }
-        } else {
-            for (int shift = 0; shift < 16; shift += BITS) {
+        if constexpr (BITS == 2 && A::kNarrow) {
+            for (int k = 0; k < 8; k += BITS) each(w, k, quad);
+            continue;
+        }
+        for (int k = 0; k < 8; k += BITS) {
+            for (int shift = k; shift < 16; shift += 8) {
                 if constexpr (A::kPerStep == 2)
                     each(w, shift, pair);
                 else
@@ -175,6 +176,15 @@ float quantize(const float* from, int64_t count, float limit, void* to, float* t
     for (int i = 0; i < kLanes; ++i) sum_of_floats += float(sums[i]);
     *total = sum_of_floats;
     return scale;
+}
+
+// Latent dims come in the order in which pairs take the bytes of a word, 0 2 1 3; quads take them
+// as they lie.
+AP_INLINE void order_quads(int32_t* quads, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+        const uint32_t q = uint32_t(quads[i]);
+        quads[i] = int32_t((q & 0xff0000ffu) | (q & 0xff00u) << 8 | (q & 0xff0000u) >> 8);
+    }
 }
 
 // One chunk of kLanes bytes (kLanes latents of 16 bits) of all tokens of a tile becomes 8 / BITS
@@ -350,8 +360,9 @@ class Attention {
                 const int64_t dims = words * 32 / plane.bits;
                 const bool quads = dims_per_step<A>(plane.bits) == 4;
                 float total;
-                *scales = quads ? quantize<int8_t>(query, dims, 127, out, &total)
-                                : quantize<int16_t>(query, dims, 32767, out, &total);
+                *scales = quads ? quantize<int8_t>(query, dims, kLargest8, out, &total)
+                                : quantize<int16_t>(query, dims, kLargest16, out, &total);
+                if (quads) order_quads(out, dims / 4);
                 bias -= *scales * 0.5f * float(zero_doubled(plane.bits)) * total;
                 out += dims / dims_per_step<A>(plane.bits);
                 query += dims;
@@ -414,7 +425,7 @@ class Attention {
             const int64_t per_step = dims_per_step<A>(plane.bits);
             const int steps = int(words * 32 / plane.bits / per_step);
             const KeyWork work{m, step, segment, steps, from};
-            if (A::kPerStep == 2 && per_step == 4)
+            if (A::kNarrow && per_step == 4)
                 key_columns<Quads>(work, count / kLanes);
             else
                 key_columns<A>(work, count / kLanes);
@@ -494,8 +505,8 @@ class Attention {
             s_->weight_scale[row] = quantize<int16_t>(logits, padded, kLargest16, s_->weights[row],
                                                       &s_->weight_zero[row]);
             const float most = largest(heaviest);
-            s_->even[row] = most * most * float(tile.count) <=
-                            kEvenWeights * kEvenWeights * attentionpack::sum(energy);
+            s_->even[row] = A::kNarrow && most * most * float(tile.count) <=
+                                              kEvenWeights * kEvenWeights * attentionpack::sum(energy);
             if (s_->even[row])
                 s_->quad_scale[row] = quantize<int8_t>(logits, padded, kLargest8,
                                                        s_->quad_weights[row], &s_->quad_zero[row]);
@@ -527,7 +538,7 @@ class Attention {
             int vectors = 0;
             for (int64_t byte = 0; byte < plane.bytes; byte += chunk) {
                 const int bytes = int(std::min(chunk, plane.bytes - byte));
-                if (A::kPerStep == 2 && plane.bits == 2) {
+                if (A::kNarrow && plane.bits == 2) {
                     narrow_chunk(rows, byte, bytes, work);
                     work.lane += kValueVectors * kLanes;
                     continue;
@@ -564,7 +575,7 @@ class Attention {
     }
 
     bool all_even(int64_t row, int size) const {
-        if (A::kPerStep != 2) return false;
+        if (!A::kNarrow) return false;
         for (int r = 0; r < size; ++r)
             if (!s_->even[row + r]) return false;
         return true;
