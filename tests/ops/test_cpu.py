@@ -179,6 +179,7 @@ def test_identity_codec_with_nan_in_unused_slots(isa, dtype):
     """Every slot that no request uses holds NaN, in blocks of its own and in half-filled ones."""
     codec = identity_codec(2, 32, 2)
     case = paged_batch(codec, 4, [17, 40], [1, 2], 16)
+    case.key, case.value = ([x.bfloat16().float() for x in xs] for xs in (case.key, case.value))
     nan = torch.full((1,), float("nan"), dtype=torch.bfloat16).view(torch.uint8)
     used = torch.zeros(case.kv_cache.shape[0] * 16, dtype=torch.bool)
     for row, length in enumerate(case.seq_lens.tolist()):

@@ -29,6 +29,9 @@ constexpr float kLargest16 = 32767.0f, kLargest8 = 127.0f;
 // Weights of a tile go to 8 bits, for the planes of 2 bits, where the largest is at most this many
 // times their root mean square: rounding then adds less than 1.4 % to dims whose own error is 34 %.
 constexpr float kEvenWeights = 6.0f;
+// Queries go to 8 bits, for the planes of 2 bits, where that moves logits by less than this (root
+// mean square).
+constexpr float kQuadError = 0.01f;
 
 // Tokens of one modality, in the order of their positions.
 struct Tile {
@@ -92,20 +95,14 @@ AP_INLINE void multiply(const int32_t* left, int64_t left_stride, const Int* rig
 
 constexpr int zero_doubled(int64_t bits) { return bits == 16 ? 0 : (1 << bits) - 1; }
 
-// Latent dims of a plane that one step of a product with keys takes.
-template <class A>
-AP_INLINE int64_t dims_per_step(int64_t bits) {
-    return A::kNarrow && bits == 2 ? 4 : A::kPerStep;
-}
-
-// Words of a plane that share a scale of the queries and are unpacked at a time.
+// Words of a plane that share a scale of the queries and are unpacked at a time. Planes that may go
+// by quads have half of what fits, which `kQuadSteps` covers.
 template <class A>
 AP_INLINE int64_t words_per_segment(int64_t bits) {
-    const int64_t per_step = dims_per_step<A>(bits);
-    return (per_step == 4 ? kSteps / 4 : kSteps) * per_step * bits / 32;
+    return (A::kNarrow && bits == 2 ? kSteps / 2 : kSteps) * A::kPerStep * bits / 32;
 }
 
-template <class A, int BITS>
+template <class A, int BITS, bool QUADS = false>
 AP_INLINE void unpack_key_words(const uint32_t* words, int64_t count, Int* out) {
     constexpr uint32_t mask = (1u << BITS) - 1;
     const auto each = [&](int64_t w, int shift, auto unpack) {
@@ -118,7 +115,7 @@ AP_INLINE void unpack_key_words(const uint32_t* words, int64_t count, Int* out) 
         return (Int)(to_float(word & mask) - 0.5f * zero_doubled(BITS));
     };
     for (int64_t w = 0; w < count; ++w) {
-        if constexpr (BITS == 2 && A::kNarrow) {
+        if constexpr (QUADS) {
             for (int k = 0; k < 8; k += BITS) each(w, k, quad);
             continue;
         }
@@ -153,16 +150,21 @@ void unpack_keys(int64_t bits, const uint32_t* words, int64_t count, Int* out) {
     }
 }
 
-// Whole numbers of at most `limit` for `count` floats; returns what one of them stands for, and
-// their sum.
-template <class T>
-float quantize(const float* from, int64_t count, float limit, void* to, float* total) {
-    Float top = splat(1e-30f);
+float largest_magnitude(const float* from, int64_t count) {
+    Float top{};
     for (int64_t i = 0; i < count; i += kLanes) {
         const Float x = part(from, i, count);
         top = maximum(top, maximum(x, Float{} - x));
     }
-    const float scale = largest(top) / limit, inverse = 1.0f / scale;
+    return largest(top);
+}
+
+// Whole numbers of at most `limit` for `count` floats; returns what one of them stands for, and
+// their sum.
+template <class T>
+float quantize(const float* from, int64_t count, float limit, void* to, float* total) {
+    const float scale = std::max(largest_magnitude(from, count), 1e-30f) / limit;
+    const float inverse = 1.0f / scale;
     typedef T Narrow __attribute__((vector_size(sizeof(T) * kLanes)));
     Int sums{};
     for (int64_t i = 0; i < count; i += kLanes) {
@@ -258,6 +260,7 @@ struct Scratch {
 struct Queries {
     int32_t* steps;      // [rows][stride], 16-bit pairs or floats, in the order of the key's words
     float* scale;        // [rows][segments]
+    bool* quads;         // [segments]: 8-bit numbers instead, in the first half of the steps
     float* bias;         // [rows]: what the zero points of all codes amount to
     float* mean_logit;   // [rows]
     int64_t stride, segments;
@@ -272,10 +275,11 @@ class Attention {
         memory += sizeof(Scratch);
         for (int64_t m = 0; m < args.modalities; ++m) {
             Queries& q = queries_[m];
-            q.stride = count_steps(group_.key);
+            q.stride = group_.key.rank / A::kPerStep;
             q.segments = count_segments(group_.key);
             q.steps = take<int32_t>(memory, piece.rows * q.stride);
             q.scale = take<float>(memory, piece.rows * q.segments);
+            q.quads = take<bool>(memory, q.segments);
             q.bias = take<float>(memory, piece.rows);
             q.mean_logit = take<float>(memory, piece.rows);
             s_->tiles[m].count = 0;
@@ -303,7 +307,7 @@ class Attention {
 
     static int64_t memory(const Attend& args, int64_t rows, int64_t rank) {
         const int64_t per_row = rank + 64 + rank / 4;
-        return sizeof(Scratch) + args.modalities * (rows * per_row * 4 + 512);
+        return sizeof(Scratch) + args.modalities * (rows * per_row * 4 + rank + 1024);
     }
 
   private:
@@ -312,13 +316,6 @@ class Attention {
         T* result = reinterpret_cast<T*>(memory);
         memory += (count * sizeof(T) + 63) / 64 * 64;
         return result;
-    }
-
-    static int64_t count_steps(const Side& side) {
-        int64_t steps = 0;
-        for (int p = 0; p < side.num_planes; ++p)
-            steps += side.planes[p].dims / dims_per_step<A>(side.planes[p].bits);
-        return steps;
     }
 
     static int64_t count_segments(const Side& side) {
@@ -332,44 +329,65 @@ class Attention {
 
     float* sum(int64_t m, int64_t row) { return piece_.sums + (m * piece_.rows + row) * lanes_; }
 
-    void prepare_queries() {
+    // Latent queries of all modalities of one row.
+    const float* query(int64_t row) const {
         const int64_t heads = args_.heads_per_group * args_.repeats;
-        const int64_t rank = group_.key.rank, width = args_.modalities * (rank + 1);
-        for (int64_t row = 0; row < piece_.rows; ++row) {
-            const int64_t token = piece_.first_token + (piece_.first_row + row) / heads;
-            const int64_t head = (piece_.first_row + row) % heads;
-            const int64_t kv = head / args_.repeats, repeat = head % args_.repeats;
-            const float* query = args_.queries[piece_.group] +
-                                 ((kv * args_.tokens + token) * args_.repeats + repeat) * width;
-            for (int64_t m = 0; m < args_.modalities; ++m) {
-                queries_[m].mean_logit[row] = query[args_.modalities * rank + m];
-                prepare_row(queries_[m], row, query + m * rank);
+        const int64_t token = piece_.first_token + (piece_.first_row + row) / heads;
+        const int64_t head = (piece_.first_row + row) % heads;
+        const int64_t kv = head / args_.repeats, repeat = head % args_.repeats;
+        return args_.queries[piece_.group] +
+               ((kv * args_.tokens + token) * args_.repeats + repeat) * args_.modalities *
+                   (group_.key.rank + 1);
+    }
+
+    void prepare_queries() {
+        const int64_t rank = group_.key.rank;
+        for (int64_t m = 0; m < args_.modalities; ++m) {
+            Queries& q = queries_[m];
+            for (int64_t row = 0; row < piece_.rows; ++row) {
+                q.mean_logit[row] = query(row)[args_.modalities * rank + m];
+                q.bias[row] = 0;
             }
+            int64_t segment = 0, dim = 0;
+            for_segments(group_.key, [&](const Plane& plane, int64_t, int64_t words) {
+                const int64_t dims = words * 32 / plane.bits;
+                q.quads[segment] = A::kNarrow && plane.bits == 2 && narrow(m, dim, dims);
+                for (int64_t row = 0; row < piece_.rows; ++row)
+                    prepare_segment(q, row, query(row) + m * rank, plane, segment, dim, dims);
+                dim += dims;
+                ++segment;
+            });
         }
     }
 
-    void prepare_row(Queries& q, int64_t row, const float* query) {
-        int32_t* out = q.steps + row * q.stride;
-        float* scales = q.scale + row * q.segments;
-        float bias = 0;
+    // Whether 8-bit queries leave the logits of all rows as they are, but for kQuadError. A number
+    // is off by 0.29 steps, a code by 1.1 from zero, and scales of tokens are about one.
+    bool narrow(int64_t m, int64_t dim, int64_t dims) const {
+        const float limit =
+            kLargest8 * kQuadError / (0.29f * 1.1f * std::sqrt(float(group_.key.rank)));
+        for (int64_t row = 0; row < piece_.rows; ++row)
+            if (largest_magnitude(query(row) + m * group_.key.rank + dim, dims) > limit)
+                return false;
+        return true;
+    }
+
+    void prepare_segment(Queries& q, int64_t row, const float* query, const Plane& plane,
+                         int64_t segment, int64_t dim, int64_t dims) {
+        int32_t* out = q.steps + row * q.stride + dim / A::kPerStep;
+        float& scale = q.scale[row * q.segments + segment];
         if constexpr (A::kPerStep == 1) {
-            std::memcpy(out, query, group_.key.rank * 4);
-            std::fill_n(scales, q.segments, 1.0f);
+            std::memcpy(out, query + dim, dims * 4);
+            scale = 1;
         } else {
-            for_segments(group_.key, [&](const Plane& plane, int64_t, int64_t words) {
-                const int64_t dims = words * 32 / plane.bits;
-                const bool quads = dims_per_step<A>(plane.bits) == 4;
-                float total;
-                *scales = quads ? quantize<int8_t>(query, dims, kLargest8, out, &total)
-                                : quantize<int16_t>(query, dims, kLargest16, out, &total);
-                if (quads) order_quads(out, dims / 4);
-                bias -= *scales * 0.5f * float(zero_doubled(plane.bits)) * total;
-                out += dims / dims_per_step<A>(plane.bits);
-                query += dims;
-                ++scales;
-            });
+            float total;
+            if (q.quads[segment]) {
+                scale = quantize<int8_t>(query + dim, dims, kLargest8, out, &total);
+                order_quads(out, dims / 4);
+            } else {
+                scale = quantize<int16_t>(query + dim, dims, kLargest16, out, &total);
+            }
+            q.bias[row] -= scale * 0.5f * float(zero_doubled(plane.bits)) * total;
         }
-        q.bias[row] = bias;
     }
 
     // Calls f(plane, first word, words) for every segment.
@@ -421,14 +439,16 @@ class Attention {
             for (int t = 0; t < count; t += 8)
                 for (int64_t w = 0; w < words; w += 8)
                     transpose_words(rows + t, 4 * (word + w), s_->words + w * kSub + t, kSub);
-            unpack_keys<A>(plane.bits, s_->words, words, s_->codes);
-            const int64_t per_step = dims_per_step<A>(plane.bits);
-            const int steps = int(words * 32 / plane.bits / per_step);
-            const KeyWork work{m, step, segment, steps, from};
-            if (A::kNarrow && per_step == 4)
+            const int steps = int(words * 32 / plane.bits / A::kPerStep);
+            KeyWork work{m, step, segment, steps, from};
+            if (A::kNarrow && queries_[m].quads[segment]) {
+                unpack_key_words<A, 2, true>(s_->words, words, s_->codes);
+                work.steps /= 2;
                 key_columns<Quads>(work, count / kLanes);
-            else
+            } else {
+                unpack_keys<A>(plane.bits, s_->words, words, s_->codes);
                 key_columns<A>(work, count / kLanes);
+            }
             step += steps;
             ++segment;
         });

@@ -64,9 +64,11 @@ class TokenStore {
         float best_error = 0;
         int tried[5], count = 0;
         for (float candidate : candidates) {
-            const float exponent = std::log2(std::max(candidate, 1e-9f)) * kScaleSteps;
-            const int byte =
-                std::clamp(int(std::nearbyint(exponent)) + kScaleZeroPoint, 0, kModalityBit - 1);
+            const float exponent = std::log2(std::max(1e-9f, candidate)) * kScaleSteps;
+            const float clamped =
+                std::min(std::max(float(-kScaleZeroPoint), exponent),
+                         float(kModalityBit - 1 - kScaleZeroPoint));  // before it is an integer
+            const int byte = int(std::nearbyint(clamped)) + kScaleZeroPoint;
             if (std::find(tried, tried + count, byte) != tried + count) continue;
             tried[count++] = byte;
             const float error = this->error(kScales.value[byte]);
