@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vllm_attentionpack.errors import ConfigError
 
@@ -25,6 +25,9 @@ class ServeConfig(BaseModel):
         exact_prefill: True (default) lets the fresh tokens of a step attend to each other exactly
             and reads only what was cached before from the codes. False reads everything from the
             codes: slower to become exact, needed to measure the codec by teacher forcing.
+        sinks: tokens at the start of a request that stay exact; None takes the pack's advice.
+        window: tokens at the end of a request that stay exact, the newest included; None takes the
+            pack's advice. With `sinks` and `window` 0 no memory goes to exact tokens.
         ops: the implementation of attention on compacted pages; `auto` takes the fastest that can
             run (`ops.select.IMPLEMENTATIONS`).
     """
@@ -33,6 +36,8 @@ class ServeConfig(BaseModel):
 
     pack: Path
     exact_prefill: bool = True
+    sinks: int | None = Field(default=None, ge=0)
+    window: int | None = Field(default=None, ge=0)
     ops: str = "auto"
 
     @field_validator("pack")

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
@@ -12,13 +13,20 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.config import ServeConfig, serve_config
 from vllm_attentionpack.errors import PackMismatchError
+from vllm_attentionpack.kv_cache.pages import PageGeometry, page_geometry
+from vllm_attentionpack.kv_cache.spec import shared_pool_spec
 from vllm_attentionpack.ops.select import Ops, select_ops
 from vllm_attentionpack.packfile import Pack, load_pack
 from vllm_attentionpack.packfile.shard import check_shardable, shard_codec, shard_layout
 from vllm_attentionpack.plugin import BACKEND
 
+if TYPE_CHECKING:
+    from vllm_attentionpack.attention.window import ExactWindowLayer
+
 logger = logging.getLogger("vllm.attentionpack")
 
+#: The name of a layer's exact cache is the layer's with this behind it.
+SUFFIX = ".exact"
 _ATTRIBUTE = "_attentionpack_state"
 
 
@@ -30,7 +38,14 @@ def shares_pool(vllm_config: VllmConfig) -> bool:
 
 @dataclass
 class EngineState:
-    """Configuration, pack and the codecs handed to layers so far, by layer name."""
+    """Configuration, pack, and what was derived from them for this worker.
+
+    Attributes:
+        layers: vLLM's attention layers by name, for a model and its drafter.
+        codecs: handed to layers so far, by layer name.
+        exact_layers: the companions of compacted layers, by their own names.
+        geometry: the pages, where there is an exact cache; None before the first layer asked.
+    """
 
     config: ServeConfig
     pack: Pack
@@ -39,7 +54,10 @@ class EngineState:
     num_stages: int
     device: torch.device
     ops: Ops
+    layers: dict[str, Any]
     codecs: dict[str, LayerCodec] = field(default_factory=dict)
+    exact_layers: "dict[str, ExactWindowLayer]" = field(default_factory=dict)
+    geometry: PageGeometry | None = None
     reported: bool = False
 
     @classmethod
@@ -68,6 +86,7 @@ class EngineState:
                 num_stages=vllm_config.parallel_config.pipeline_parallel_size,
                 device=device,
                 ops=ops,
+                layers=vllm_config.compilation_config.static_forward_context,
             )
             object.__setattr__(vllm_config, _ATTRIBUTE, state)
         return state
@@ -89,6 +108,55 @@ class EngineState:
             codec = shard_codec(self.pack, names.index(layer_name), self.tp_size, self.tp_rank)
             self.codecs[layer_name] = codec.to(self.device)
         return self.codecs[layer_name]
+
+    @property
+    def sinks(self) -> int:
+        """Tokens at the start of a request that stay exact."""
+        wanted = self.config.sinks
+        return self.pack.header.sinks if wanted is None else wanted
+
+    @property
+    def window(self) -> int:
+        """Tokens at the end of a request that stay exact, the newest included."""
+        wanted = self.config.window
+        return self.pack.header.window if wanted is None else wanted
+
+    @property
+    def has_exact_cache(self) -> bool:
+        """Whether any cached token is exact: a window of 1 is the query's own token."""
+        return self.sinks > 0 or self.window > 1
+
+    def add_exact_layers(self) -> None:
+        """Gives each compacted layer of the loaded model its exact cache. Idempotent."""
+        from vllm_attentionpack.attention.window import ExactWindowLayer
+
+        if not self.has_exact_cache:
+            return
+        for name, layer in list(self.layers.items()):
+            if isinstance(layer, Attention) and layer.attn_backend.get_name() == BACKEND:
+                if name + SUFFIX not in self.layers:
+                    self.layers[name + SUFFIX] = ExactWindowLayer(layer, self)
+                self.exact_layers[name + SUFFIX] = self.layers[name + SUFFIX]
+
+    def pages(self, spec: AttentionSpec, vllm_config: VllmConfig) -> PageGeometry:
+        """The pages of the two caches, chosen when the first layer asks with its dense `spec`."""
+        if self.geometry is None:
+            dense_bytes = spec.page_size_bytes // spec.block_size
+            stored = self.largest_bytes_per_token
+            if shares_pool(vllm_config):
+                compacted = shared_pool_spec(spec, stored)
+                self.geometry = PageGeometry(
+                    compacted.block_size,
+                    spec.block_size,
+                    spec.page_size_bytes,
+                    stored,
+                    dense_bytes,
+                )
+            else:
+                cache = vllm_config.cache_config
+                chosen = spec.block_size if cache.user_specified_block_size else None
+                self.geometry = page_geometry(stored, dense_bytes, chosen)
+        return self.geometry
 
     @property
     def largest_bytes_per_token(self) -> int:
