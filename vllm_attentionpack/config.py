@@ -3,11 +3,14 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vllm_attentionpack.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vllm_attentionpack.packfile import PackHeader
 
 #: The key of `--additional-config` that is ours.
 SECTION = "attentionpack"
@@ -39,6 +42,17 @@ class ServeConfig(BaseModel):
     sinks: int | None = Field(default=None, ge=0)
     window: int | None = Field(default=None, ge=0)
     ops: str = "auto"
+
+    def exact_tokens(self, header: "PackHeader") -> tuple[int, int]:
+        """`sinks` and `window` in force with a pack that has `header`."""
+        sinks = header.sinks if self.sinks is None else self.sinks
+        window = header.window if self.window is None else self.window
+        return sinks, window
+
+    def keeps_exact(self, header: "PackHeader") -> bool:
+        """Whether any cached token stays exact: a window of 1 is the query's own token."""
+        sinks, window = self.exact_tokens(header)
+        return sinks > 0 or window > 1
 
     @field_validator("pack")
     @classmethod

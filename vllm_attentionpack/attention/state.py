@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.config import ServeConfig, serve_config
 from vllm_attentionpack.errors import PackMismatchError
-from vllm_attentionpack.kv_cache.pages import PageGeometry, page_geometry
+from vllm_attentionpack.kv_cache.pages import PageGeometry, exact_blocks, page_geometry
 from vllm_attentionpack.kv_cache.spec import shared_pool_spec
 from vllm_attentionpack.ops.select import Ops, select_ops
 from vllm_attentionpack.packfile import Pack, load_pack
@@ -34,6 +34,11 @@ def shares_pool(vllm_config: VllmConfig) -> bool:
     """Whether blocks of compacted layers come from one pool with those of dense layers."""
     layers = get_layers_from_vllm_config(vllm_config, Attention).values()
     return any(layer.attn_backend.get_name() != BACKEND for layer in layers)
+
+
+def in_flight_tokens(vllm_config: VllmConfig) -> int:
+    """The most tokens that the steps under way add to a request that decodes, drafts included."""
+    return int(vllm_config.max_concurrent_batches * (1 + vllm_config.num_speculative_tokens))
 
 
 @dataclass
@@ -112,19 +117,16 @@ class EngineState:
     @property
     def sinks(self) -> int:
         """Tokens at the start of a request that stay exact."""
-        wanted = self.config.sinks
-        return self.pack.header.sinks if wanted is None else wanted
+        return self.config.exact_tokens(self.pack.header)[0]
 
     @property
     def window(self) -> int:
         """Tokens at the end of a request that stay exact, the newest included."""
-        wanted = self.config.window
-        return self.pack.header.window if wanted is None else wanted
+        return self.config.exact_tokens(self.pack.header)[1]
 
     @property
     def has_exact_cache(self) -> bool:
-        """Whether any cached token is exact: a window of 1 is the query's own token."""
-        return self.sinks > 0 or self.window > 1
+        return self.config.keeps_exact(self.pack.header)
 
     def add_exact_layers(self) -> None:
         """Gives each compacted layer of the loaded model its exact cache. Idempotent."""
@@ -164,13 +166,8 @@ class EngineState:
         layouts = self.pack.header.layouts()
         return max(shard_layout(x, self.tp_size, self.tp_rank).bytes_per_token for x in layouts)
 
-    def report(self, spec: AttentionSpec, num_blocks: int, shared: bool) -> None:
-        """Logs once what the cache of this worker holds.
-
-        Args:
-            spec: of one compacted layer, as vLLM allocated it.
-            num_blocks: of the pool.
-            shared: see `shares_pool`.
+    def report(self, spec: AttentionSpec, vllm_config: VllmConfig) -> None:
+        """Logs once what the cache of this worker holds; `spec` is that of one compacted layer.
 
         Raises:
             PackMismatchError: the pack has layers that the model lacks.
@@ -187,12 +184,13 @@ class EngineState:
             )
         layouts = [codec.layout for codec in self.codecs.values()]
         dense = sum(layout.dense_bytes_per_token for layout in layouts)
-        if shared:
+        stored = sum(layout.bytes_per_token for layout in layouts)
+        num_blocks = vllm_config.cache_config.num_gpu_blocks or 0
+        room = f"{num_blocks * spec.block_size} tokens fit"
+        shared = shares_pool(vllm_config)
+        if shared or self.geometry is not None:
             stored = len(layouts) * spec.page_size_bytes / spec.block_size
-            room = "pages shared with dense layers"
-        else:
-            stored = sum(layout.bytes_per_token for layout in layouts)
-            room = f"{num_blocks * spec.block_size} tokens fit"
+            room = "pages shared with dense layers" if shared else "pages shared with exact tokens"
         logger.info(
             "AttentionPack: %.2fx compacted KV cache, %d -> %d bytes per token, %s "
             "(%d blocks of %d)",
@@ -202,4 +200,29 @@ class EngineState:
             room,
             num_blocks,
             spec.block_size,
+        )
+        if self.geometry is not None:
+            self._report_exact_cache(self.geometry, vllm_config)
+
+    def _report_exact_cache(self, pages: PageGeometry, vllm_config: VllmConfig) -> None:
+        longest = vllm_config.model_config.max_model_len
+        margin = in_flight_tokens(vllm_config)
+        logger.info(
+            "AttentionPack: exact are the first %d and the last %d tokens of a request, in at most "
+            "%d blocks of %d tokens beside the %d of %d that %d tokens take; padding is %.1f %% of "
+            "the compacted pages and %.1f %% of the exact ones; a request of %d tokens takes "
+            "%.2f times less than densely",
+            self.sinks,
+            self.window,
+            exact_blocks(pages.exact_block_size, self.sinks, self.window, margin),
+            pages.exact_block_size,
+            -(-longest // pages.block_size),
+            pages.block_size,
+            longest,
+            100 * pages.padding,
+            100 * pages.exact_padding,
+            longest,
+            longest
+            * pages.exact_bytes_per_token
+            / pages.request_bytes(longest, self.sinks, self.window, margin),
         )

@@ -22,7 +22,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from vllm_attentionpack.attention.state import EngineState
+from vllm_attentionpack.attention.state import EngineState, in_flight_tokens
 from vllm_attentionpack.kv_cache.exact import ExactWindowSpec
 from vllm_attentionpack.ops.exact import ExactTokens, locate_exact
 
@@ -119,7 +119,6 @@ class ExactWindowLayer(AttentionLayerBase):
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> ExactWindowSpec:
         state, geometry = self.state, self.state.geometry
         assert geometry is not None, "vLLM asks for companions after the layers themselves"
-        steps = vllm_config.max_concurrent_batches
         return ExactWindowSpec(
             block_size=geometry.exact_block_size,
             num_kv_heads=self.num_kv_heads,
@@ -130,7 +129,7 @@ class ExactWindowLayer(AttentionLayerBase):
             page_size_padded=geometry.page_bytes,
             sinks=state.sinks,
             window=state.window,
-            margin=steps * (1 + vllm_config.num_speculative_tokens),
+            margin=in_flight_tokens(vllm_config),
         )
 
     def pages(self) -> Tensor:

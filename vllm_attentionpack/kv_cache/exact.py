@@ -73,7 +73,8 @@ class ExactWindowManager(SingleTypeKVCacheManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        self._prefill_end[request_id] = prefill_end
+        if apply_admission_cap:  # asked about the whole request: a prompt, or one to be resumed
+            self._note_prefill_end(request_id, num_tokens)
         held = len(self.req_to_blocks.get(request_id, ()))
         first = held or -(-total_computed_tokens // self.block_size)
         return sum(self._wanted(request_id, first, num_tokens))
@@ -115,6 +116,8 @@ class ExactWindowManager(SingleTypeKVCacheManager):
         processed_computed_tokens: int,
         num_prompt_tokens: int | None = None,
     ) -> None:
+        if num_prompt_tokens is not None:
+            self._note_prefill_end(request_id, num_prompt_tokens)
         # The next query is the token after the processed ones; the window counts it.
         passed = processed_computed_tokens - (self.kv_cache_spec.window - 1)
         self._remove_blocks_in_range(
@@ -142,6 +145,10 @@ class ExactWindowManager(SingleTypeKVCacheManager):
             index < self._sink_blocks or (spec.window > 1 and index >= recent)
             for index in range(first, -(-num_tokens // self.block_size))
         ]
+
+    def _note_prefill_end(self, request_id: str, num_tokens: int) -> None:
+        known = self._prefill_end.get(request_id, 0)
+        self._prefill_end[request_id] = max(known, num_tokens)
 
     def _skip(self, request_id: str, num_tokens: int) -> None:
         """Leaves tokens out that were computed before; a block that they share with others too."""

@@ -45,19 +45,22 @@ class PageGeometry:
         """Share of an exact page that is padding."""
         return 1 - self.exact_block_size * self.exact_bytes_per_token / self.page_bytes
 
-    def exact_blocks(self, sinks: int, window: int, margin: int = 1) -> int:
-        """The most exact blocks that one request holds.
-
-        Args:
-            sinks: exact tokens at the start.
-            window: exact tokens at the end, the newest included.
-            margin: tokens of the steps under way.
-        """
-        return exact_blocks(self.exact_block_size, sinks, window, margin)
+    def request_bytes(self, tokens: int, sinks: int, window: int, margin: int = 1) -> int:
+        """Bytes of one layer's pages that a request of `tokens` tokens takes at most."""
+        exact = exact_blocks(self.exact_block_size, sinks, window, margin)
+        blocks = -(-tokens // self.block_size) + exact
+        return blocks * self.page_bytes
 
 
-def exact_blocks(block_size: int, sinks: int, window: int, margin: int) -> int:
-    """See `PageGeometry.exact_blocks`."""
+def exact_blocks(block_size: int, sinks: int, window: int, margin: int = 1) -> int:
+    """The most exact blocks that one request holds.
+
+    Args:
+        block_size: tokens of an exact block.
+        sinks: exact tokens at the start of the request.
+        window: exact tokens at its end, the newest included.
+        margin: tokens of the steps under way.
+    """
     # One more, because a window need not start with a block.
     recent = -(-(window - 1 + margin) // block_size) + 1 if window > 1 else 0
     return -(-sinks // block_size) + recent
