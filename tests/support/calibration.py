@@ -1,6 +1,7 @@
 """Packs of several ratios from one gathering of statistics, which is what takes the time."""
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pytest
@@ -8,11 +9,21 @@ import pytest
 from vllm_attentionpack.calibrate import assemble as assembling
 from vllm_attentionpack.calibrate.assemble import Budget
 from vllm_attentionpack.calibrate.run import calibrate
+from vllm_attentionpack.codec.allocate import MAX_PAGE_SIZE_CLASSES
 from vllm_attentionpack.packfile import Pack, PackHeader
 
 
-def calibrate_at(model: str, data: Any, ratios: Sequence[float], **options: Any) -> list[Pack]:
-    """One pack per ratio, as `calibrate` would make it; `options` as there."""
+@dataclass(frozen=True)
+class Wanted:
+    """A pack: its ratio, and the tokens that it advises to keep exact."""
+
+    ratio: float
+    sinks: int = 0
+    window: int = 0
+
+
+def calibrate_at(model: str, data: Any, wanted: Sequence[Wanted], **options: Any) -> list[Pack]:
+    """The packs that `calibrate` would make with `options`."""
     call: dict[str, Any] = {}
     assemble = assembling.assemble
 
@@ -22,10 +33,11 @@ def calibrate_at(model: str, data: Any, ratios: Sequence[float], **options: Any)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assembling, "assemble", keep)
-        packs = [calibrate(model, data, ratios[0], **options)]
-    for ratio in ratios[1:]:
-        headers, layers = assemble(**{**call, "ratio": ratio})
-        header = packs[0].header.model_copy(update={"ratio": ratio, "layers": headers})
+        packs = [calibrate(model, data, **asdict(wanted[0]), **options)]
+    for other in wanted[1:]:
+        sizes = 1 if other.sinks or other.window else MAX_PAGE_SIZE_CLASSES
+        headers, layers = assemble(**{**call, "ratio": other.ratio, "max_page_sizes": sizes})
+        header = packs[0].header.model_copy(update={**asdict(other), "layers": headers})
         packs.append(Pack(PackHeader.model_validate(header.model_dump()), layers))
     return packs
 

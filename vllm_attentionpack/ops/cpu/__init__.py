@@ -16,7 +16,6 @@ from vllm_attentionpack.ops.batch import QueryBatch
 from vllm_attentionpack.ops.cpu import library
 from vllm_attentionpack.ops.cpu.plan import CpuPlan, EncodeTables, plan_of
 
-
 #: Of the numbers that codes are multiplied with, so that the error stays near that of the model's
 #: own dtype: floats, 16-bit integers, or 8-bit ones for the codes of 2 bits and 16-bit ones else.
 BITS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 8}

@@ -1,10 +1,11 @@
 """What the kernels need to know of a codec: layouts as numbers, and matrices in the kernels' order.
 
 The kernels take latent dims in the order in which unpacking finds them, so that no code is ever
-moved: the matrices of `absorb_query` and `up_project` have their columns and rows permuted instead.
+moved: the matrices of `absorb_query` and `up_project` have their columns and rows permuted
+instead.
 
-*Keys* are read as 32-bit words. A word yields, for each code `k` of a byte and each of its lower two
-bytes, a pair of dims: that of the byte and that of the byte two further on.
+*Keys* are read as 32-bit words. A word yields, for each code `k` of a byte and each of its lower
+two bytes, a pair of dims: that of the byte and that of the byte two further on.
 *Values* are read in chunks of as many bytes as a vector has lanes; a chunk yields one vector per
 code of a byte. A last chunk that is not full leaves lanes that stand for no dim.
 """
