@@ -1,0 +1,147 @@
+"""What a simulated cache format is: what it gives back for keys and values, and what it stores."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from vllm_attentionpack.codec.codec import LayerCodec
+from vllm_attentionpack.codec.layout import DENSE_BYTES, KINDS
+from vllm_attentionpack.packfile.schema import Pack
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """The layers that are compared; all others stay dense.
+
+    Attributes:
+        layer_names: vLLM's names, in the order of the model.
+    """
+
+    layer_names: tuple[str, ...]
+    num_query_heads: int
+    num_kv_heads: int
+    head_size: int
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes per token of all layers in bfloat16."""
+        per_layer = len(KINDS) * self.num_kv_heads * self.head_size * DENSE_BYTES
+        return len(self.layer_names) * per_layer
+
+
+@dataclass(frozen=True)
+class ExactTokens:
+    """Tokens that a query reads as they are, in bfloat16.
+
+    Attributes:
+        sinks: the first tokens of a request.
+        recent: the last tokens up to the query's own.
+        beside_codes: whether their codes are stored as well (a second cache beside the first), or
+            they are coded only when they leave the window.
+    """
+
+    sinks: int = 0
+    recent: int = 0
+    beside_codes: bool = True
+
+    def __bool__(self) -> bool:
+        return self.sinks > 0 or self.recent > 0
+
+    def count(self, length: int) -> int:
+        """Exact tokens of a request of `length` tokens."""
+        return min(length, self.sinks + self.recent)
+
+    def mask(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """bool `[q, n]`: which keys each query reads exactly, by their positions."""
+        recent = queries[:, None] - keys[None, :] < self.recent
+        return recent | (keys < self.sinks)[None, :]
+
+
+class SimulatedCodec(Protocol):
+    """A cache format.
+
+    Attributes:
+        exact: see `ExactTokens`.
+    """
+
+    exact: ExactTokens
+
+    def reconstruct(
+        self, layer: int, key: Tensor, value: Tensor, visual: Tensor, lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values as attention would read them.
+
+        Args:
+            layer: index into `CacheShape.layer_names`.
+            key: float32 `[T, Hk, D]`, rotated, of whole requests one after the other.
+            value: float32 `[T, Hk, D]`.
+            visual: bool `[T]`.
+            lengths: tokens of each request; they sum to `T`.
+
+        Returns:
+            float32, shaped as the inputs.
+        """
+        ...
+
+    def request_bytes(self, length: int) -> float:
+        """Bytes that a request of `length` tokens takes over all layers, everything counted."""
+        ...
+
+
+class TokenCodec:
+    """A codec that stores every token alike.
+
+    Args:
+        shape: of the cache.
+        bytes_per_token: over all layers, scales and padding included.
+        exact: tokens that stay exact.
+    """
+
+    def __init__(
+        self, shape: CacheShape, bytes_per_token: float, exact: ExactTokens | None = None
+    ) -> None:
+        self.shape = shape
+        self.bytes_per_token = bytes_per_token
+        self.exact = exact or ExactTokens()
+
+    def request_bytes(self, length: int) -> float:
+        exact = self.exact.count(length)
+        coded = length if self.exact.beside_codes else length - exact
+        return coded * self.bytes_per_token + exact * self.shape.dense_bytes
+
+
+class DenseCodec(TokenCodec):
+    """The cache as it is, in the model's own type: what every other codec is compared with."""
+
+    def __init__(self, shape: CacheShape) -> None:
+        super().__init__(shape, shape.dense_bytes)
+
+    def reconstruct(
+        self, layer: int, key: Tensor, value: Tensor, visual: Tensor, lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        return key, value
+
+
+class PackCodec(TokenCodec):
+    """A pack of ours."""
+
+    def __init__(self, shape: CacheShape, pack: Pack, exact: ExactTokens | None = None) -> None:
+        super().__init__(shape, pack.header.bytes_per_token, exact)
+        self._codecs: list[LayerCodec] = [pack.codec(i) for i in range(len(pack.layers))]
+
+    def reconstruct(
+        self, layer: int, key: Tensor, value: Tensor, visual: Tensor, lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        codec = self._codecs[layer]
+        result = []
+        for kind, x in zip(KINDS, (key, value), strict=True):
+            parts = []
+            for group, heads in codec.group_heads():
+                part = getattr(group, kind)
+                codes, scale = part.encode(x[:, heads].flatten(1), visual)
+                parts.append(part.reconstruct(codes, scale, visual).unflatten(1, (-1, x.shape[-1])))
+            result.append(torch.cat(parts, dim=1))
+        return result[0], result[1]

@@ -1,0 +1,201 @@
+"""Codecs measured on recorded prompts: divergence, agreement, accuracy, bytes."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vllm_attentionpack.errors import UnsupportedModelError
+from vllm_attentionpack.evaluate.data import ChatItem, Item
+from vllm_attentionpack.evaluate.simulate.codec import CacheShape, DenseCodec, SimulatedCodec
+from vllm_attentionpack.evaluate.simulate.recording import Recorded, record, replay_context
+from vllm_attentionpack.evaluate.simulate.step import Observer, SimulatedStep
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+#: Tokens that are replayed at once; longer prompts run alone.
+_STEP_TOKENS = 8192
+#: Rows of logits that are compared at once.
+_LOGIT_ROWS = 512
+#: Largest relative difference of replayed and recorded hidden states: rounding to bfloat16 through
+#: tens of layers stays well below it, a forgotten input does not.
+_REPLAY_TOLERANCE = 0.2
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a codec costs on a set of items; see `evaluate.compare.Comparison`.
+
+    Attributes:
+        kl: nats per scored token.
+        top1: share of scored tokens with the dense model's likeliest token.
+        accuracy: share of answers that greedy decoding would give whole; None without answers.
+        items: number of items.
+        tokens: number of scored tokens.
+    """
+
+    kl: float
+    top1: float
+    accuracy: float | None
+    items: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per-item sums, `[N]` each: `kl`, `same` (top-1 agreements), `right` (0 or 1), `tokens`."""
+
+    kl: np.ndarray
+    same: np.ndarray
+    right: np.ndarray
+    tokens: np.ndarray
+
+    def figures(self, items: Sequence[Item], chosen: Sequence[int]) -> Figures:
+        index = np.asarray(chosen)
+        tokens = int(self.tokens[index].sum())
+        asked = [i for i in chosen if _has_answer(items[i])]
+        return Figures(
+            kl=float(self.kl[index].sum() / tokens),
+            top1=float(self.same[index].sum() / tokens),
+            accuracy=float(self.right[asked].mean()) if asked else None,
+            items=len(index),
+            tokens=tokens,
+        )
+
+
+def _has_answer(item: Item) -> bool:
+    return isinstance(item, ChatItem) and item.answer is not None
+
+
+class Simulator:
+    """Replays recorded prompts of a running engine under any codec.
+
+    Args:
+        llm: from `calibrate.engine.statistics_engine`; must outlive this object.
+        shape: the layers to compare.
+        items: what to measure on.
+
+    Raises:
+        UnsupportedModelError: the replay does not give what the engine gave.
+        CalibrationDataError: an item that the engine refuses.
+    """
+
+    def __init__(self, llm: "LLM", shape: CacheShape, items: Sequence[Item]) -> None:
+        self.shape = shape
+        self.items = items
+        self._config: Any = llm.llm_engine.vllm_config
+        (self._model,) = llm.apply_model(lambda model: model)
+        self.recorded = record(llm, items)
+        self._layers = {name: i for i, name in enumerate(shape.layer_names)}
+        self._dense = self._hidden(DenseCodec(shape))
+        self._check_replay()
+
+    def measure(self, codec: SimulatedCodec) -> Scores:
+        """Scores of every item under `codec`."""
+        return self._score(self._hidden(codec))
+
+    def dense(self) -> Scores:
+        """The same of the dense cache: accuracy, at no divergence."""
+        return self._score(self._dense)
+
+    def bytes_per_token(self, codec: SimulatedCodec) -> float:
+        """Mean over all recorded tokens of the bytes that `codec` stores for them."""
+        lengths = [r.length for r in self.recorded]
+        return sum(codec.request_bytes(n) for n in lengths) / sum(lengths)
+
+    def observe(self, observer: Observer) -> None:
+        """Shows the dense keys, values and queries of every step, in the order of `batches`."""
+        for batch in self.batches():
+            self._run(batch, DenseCodec(self.shape), observer)
+
+    def batches(self) -> Iterator[list[Recorded]]:
+        """The prompts of each step."""
+        batch: list[Recorded] = []
+        for prompt in self.recorded:
+            if batch and sum(r.length for r in batch) + prompt.length > _STEP_TOKENS:
+                yield batch
+                batch = []
+            batch.append(prompt)
+        if batch:
+            yield batch
+
+    def _hidden(self, codec: SimulatedCodec) -> list[Tensor]:
+        """Of each prompt the hidden states `[n, hidden]` that predict its scored tokens."""
+        result = []
+        for batch in self.batches():
+            for prompt, hidden in zip(batch, self._run(batch, codec, None), strict=True):
+                first = prompt.length - len(prompt.targets) - 1
+                result.append(hidden[first : prompt.length - 1].clone())
+        return result
+
+    def _run(
+        self, batch: Sequence[Recorded], codec: SimulatedCodec, observer: Observer | None
+    ) -> list[Tensor]:
+        lengths = [prompt.length for prompt in batch]
+        visual = torch.cat([prompt.visual for prompt in batch])
+        step = SimulatedStep(lengths, visual, codec, self._layers, observer)
+        inputs = {
+            name: _joined([getattr(prompt, name) for prompt in batch], dim)
+            for name, dim in (("input_ids", 0), ("inputs_embeds", 0), ("positions", -1))
+        }
+        with replay_context(self._config, step, sum(lengths)):
+            hidden = self._model(**inputs, intermediate_tensors=None)
+        return list(hidden.split(lengths))
+
+    def _score(self, hidden: Sequence[Tensor]) -> Scores:
+        sums = {name: np.zeros(len(self.items)) for name in ("kl", "same", "tokens")}
+        right = np.ones(len(self.items))
+        owners = np.concatenate([np.full(len(r.targets), r.owner) for r in self.recorded])
+        targets = torch.cat([r.targets for r in self.recorded])
+        dense, read = torch.cat(self._dense), torch.cat(list(hidden))
+        for start in range(0, len(targets), _LOGIT_ROWS):
+            rows = slice(start, start + _LOGIT_ROWS)
+            p, q = (_log_probabilities(self._model, x[rows]) for x in (dense, read))
+            kl = (p.exp() * (p - q)).sum(-1).clamp_min(0)
+            top = q.argmax(-1)
+            owner = owners[rows]
+            np.add.at(sums["kl"], owner, kl.double().cpu().numpy())
+            np.add.at(sums["same"], owner, (top == p.argmax(-1)).cpu().numpy())
+            np.add.at(sums["tokens"], owner, 1.0)
+            wrong = (top.cpu() != targets[rows]).numpy()
+            right[owner[wrong]] = 0
+        return Scores(right=right, **sums)
+
+    def _check_replay(self) -> None:
+        """Raises unless replaying densely gives what the engine's own attention gave."""
+        for prompt, replayed in zip(self.recorded, self._dense, strict=True):
+            first = prompt.length - len(prompt.targets) - 1
+            expected = prompt.hidden[first : prompt.length - 1].float()
+            error = (replayed.float() - expected).norm() / expected.norm().clamp_min(1e-30)
+            if not error <= _REPLAY_TOLERANCE:
+                raise UnsupportedModelError(
+                    f"replaying a prompt gives hidden states {float(error):.0%} off those of the "
+                    f"engine (at most {_REPLAY_TOLERANCE:.0%} is rounding): the model keeps state "
+                    "that is not recorded. Leave out --validate and --ratio auto for it."
+                )
+
+
+def grouped(items: Sequence[Item], keys: Sequence[str] = ("modality", "kind")) -> dict[str, list[int]]:
+    """Indices of the items by the values of their extra keys, as `key=value`."""
+    groups: defaultdict[str, list[int]] = defaultdict(list)
+    for key in keys:
+        for i, item in enumerate(items):
+            if value := item.extra.get(key):
+                groups[f"{key}={value}"].append(i)
+    return dict(groups)
+
+
+def _joined(parts: Sequence[Tensor | None], dim: int) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present, dim=dim) if present else None
+
+
+@torch.inference_mode()
+def _log_probabilities(model: nn.Module, hidden: Tensor) -> Tensor:
+    logits: Any = model.compute_logits(hidden)
+    return logits.float().log_softmax(-1)
