@@ -118,6 +118,64 @@ def _round_down(ratio: float) -> str:
     return f"{ratio * 100 // 1 / 100:.2f}"
 
 
+class Assembler:
+    """The bases of all layers, from which packs of any ratio follow quickly.
+
+    Args:
+        layers: in the order of the model.
+        heads_per_group: `G`, as the moments were gathered.
+        regularization: see `codec.transform.principal_basis`.
+    """
+
+    def __init__(
+        self, layers: Sequence[LayerStatistics], heads_per_group: int, regularization: float
+    ) -> None:
+        groups = layers[0].moments.key.mean.shape[1]
+        self.names = [layer.name for layer in layers]
+        self.budget = Budget(
+            len(layers), groups * heads_per_group, layers[0].head_size, heads_per_group
+        )
+        self.bases = [layer_bases(layer, heads_per_group, regularization) for layer in layers]
+        #: What a unit of distortion costs in each layer, before prices.
+        self.weights = [1 / output_energy(layer) for layer in layers]
+        self._curves: list[list[UnitCurve]] = [
+            [unit_curve(group[kind].spectrum.numpy()) for group in of_layer for kind in KINDS]
+            for of_layer in self.bases
+        ]
+
+    def at(
+        self, ratio: float, layer_weights: Sequence[float] | None = None
+    ) -> tuple[tuple[LayerHeader, ...], list[LayerPack]]:
+        """Chooses ranks and bits.
+
+        Args:
+            ratio: dense bfloat16 bytes over stored bytes, scales and padding counted; met or
+                exceeded.
+            layer_weights: the price of each layer's relative distortion; all alike by default.
+
+        Raises:
+            BudgetError: the ratio cannot be met.
+            ConfigError: not one positive weight per layer.
+        """
+        num_layers = len(self.names)
+        bytes_per_token = self.budget.bytes_per_token(ratio)
+        prices = list(layer_weights) if layer_weights is not None else [1.0] * num_layers
+        if len(prices) != num_layers or min(prices) <= 0:
+            raise ConfigError(
+                f"layer weights are {prices}; expected {num_layers} positive numbers, one per "
+                "layer."
+            )
+        weights = [price * weight for price, weight in zip(prices, self.weights, strict=True)]
+        fixed = [self.budget.fixed_bytes] * num_layers
+        chosen = allocate(self._curves, weights, bytes_per_token, fixed)
+        headers, packs = [], []
+        for name, of_layer, (counts, size) in zip(self.names, self.bases, chosen, strict=True):
+            header, pack = _layer(name, of_layer, counts, size)
+            headers.append(header)
+            packs.append(pack)
+        return tuple(headers), packs
+
+
 def assemble(
     layers: Sequence[LayerStatistics],
     *,
@@ -126,41 +184,8 @@ def assemble(
     regularization: float,
     layer_weights: Sequence[float] | None = None,
 ) -> tuple[tuple[LayerHeader, ...], list[LayerPack]]:
-    """Chooses bases, ranks and bits.
-
-    Args:
-        layers: in the order of the model.
-        ratio: dense bfloat16 bytes over stored bytes, scales and padding counted; met or exceeded.
-        heads_per_group: `G`, as the moments were gathered.
-        regularization: see `codec.transform.principal_basis`.
-        layer_weights: the price of each layer's relative distortion; all alike by default.
-
-    Raises:
-        BudgetError: the ratio cannot be met.
-        ConfigError: not one positive weight per layer.
-    """
-    num_layers = len(layers)
-    groups = layers[0].moments.key.mean.shape[1]
-    budget = Budget(num_layers, groups * heads_per_group, layers[0].head_size, heads_per_group)
-    bytes_per_token = budget.bytes_per_token(ratio)
-    prices = list(layer_weights) if layer_weights is not None else [1.0] * num_layers
-    if len(prices) != num_layers or min(prices) <= 0:
-        raise ConfigError(
-            f"layer weights are {prices}; expected {num_layers} positive numbers, one per layer."
-        )
-    bases = [layer_bases(layer, heads_per_group, regularization) for layer in layers]
-    curves: list[list[UnitCurve]] = [
-        [unit_curve(group[kind].spectrum.numpy()) for group in of_layer for kind in KINDS]
-        for of_layer in bases
-    ]
-    weights = [price / output_energy(layer) for price, layer in zip(prices, layers, strict=True)]
-    chosen = allocate(curves, weights, bytes_per_token, [budget.fixed_bytes] * num_layers)
-    headers, packs = [], []
-    for layer, of_layer, (counts, size) in zip(layers, bases, chosen, strict=True):
-        header, pack = _layer(layer.name, of_layer, counts, size)
-        headers.append(header)
-        packs.append(pack)
-    return tuple(headers), packs
+    """Chooses bases, ranks and bits of one pack; see `Assembler`."""
+    return Assembler(layers, heads_per_group, regularization).at(ratio, layer_weights)
 
 
 def layer_bases(

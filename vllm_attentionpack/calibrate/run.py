@@ -4,15 +4,21 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_attentionpack import __version__
+from vllm_attentionpack.calibrate.assemble import Budget
 from vllm_attentionpack.calibrate.engine import Progress, feed, statistics_engine
 from vllm_attentionpack.calibrate.settings import CalibrateSettings, make_settings
 from vllm_attentionpack.errors import CalibrationDataError
 from vllm_attentionpack.evaluate.data import Dataset, read_dataset
+from vllm_attentionpack.evaluate.simulate.codec import CacheShape
 from vllm_attentionpack.packfile import Pack, PackHeader, Provenance, save_pack
-from vllm_attentionpack.packfile.schema import FORMAT_VERSION
+from vllm_attentionpack.packfile.schema import FORMAT_VERSION, Fingerprint
+
+if TYPE_CHECKING:
+    from vllm_attentionpack.calibrate.collector import Collector
 
 logger = logging.getLogger("vllm.attentionpack")
 
@@ -20,13 +26,16 @@ logger = logging.getLogger("vllm.attentionpack")
 MIN_VISUAL_TOKENS = 64
 
 
-def calibrate(model: str, data: Any, ratio: float, output: Any = None, **options: Any) -> Pack:
+def calibrate(
+    model: str, data: Any, ratio: float | Literal["auto"], output: Any = None, **options: Any
+) -> Pack:
     """Calibrates a model and writes its pack.
 
     Args:
         model: name or path, as vLLM takes it.
         data: path of the calibration data (`evaluate.data`).
-        ratio: compression to reach, against dense bfloat16.
+        ratio: compression to reach, against dense bfloat16; `auto` for the largest whose loss on
+            held-out items stays within `max_kl`.
         output: path of the pack; None writes none.
         **options: fields of `CalibrateSettings`; every other keyword goes to `vllm.LLM`.
 
@@ -46,6 +55,8 @@ def run_calibration(settings: CalibrateSettings) -> Pack:
     """Starts the engine, gathers statistics, chooses bases and bits, writes the pack.
 
     The same settings, data, versions and machine give the same pack, header and tensors bit by bit.
+    A pack that fails its validation is written like any other; its header says so, and serving
+    warns.
 
     Raises:
         CalibrationDataError: the data cannot be used.
@@ -62,24 +73,25 @@ def run_calibration(settings: CalibrateSettings) -> Pack:
 
 
 def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
-    from vllm_attentionpack.attention.fingerprint import fingerprint
-    from vllm_attentionpack.calibrate.assemble import Budget, assemble
+    from vllm_attentionpack.calibrate.assemble import Assembler
     from vllm_attentionpack.calibrate.collector import Collector
+    from vllm_attentionpack.calibrate.validate import Validator, split_items
 
+    fitted, held_out = dataset.items, ()
+    if settings.validates:
+        fitted, held_out = split_items(dataset, settings.validation_share, settings.seed)
     (collector,) = llm.apply_model(lambda model: Collector.install(model, settings.group_size))
-    # A pack is about the layers that it covers; those with other attention are not among them.
-    found = fingerprint(llm.model_config).model_copy(
-        update={"num_layers": len(collector.recorders)}
-    )
+    found = _fingerprint(llm, collector)
     try:
         budget = Budget(
             found.num_layers, found.num_kv_heads, found.head_size, collector.heads_per_group
         )
-        budget.bytes_per_token(settings.ratio)  # before the work, not after it
+        if settings.ratio != "auto":
+            budget.bytes_per_token(settings.ratio)  # before the work, not after it
         with _progress_bar() as progress:
             feed(
                 llm,
-                dataset,
+                replace(dataset, items=fitted),
                 lambda: collector.tokens,
                 settings.max_tokens,
                 settings.seed,
@@ -95,24 +107,48 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
         tokens,
         visual_tokens,
     )
-    layers, packs = assemble(
+    shape = CacheShape(
+        tuple(recorder.layer.layer_name for recorder in collector.recorders),
+        found.num_query_heads,
+        found.num_kv_heads,
+        found.head_size,
+    )
+    assembler = Assembler(
         collector.statistics(max_context, modalities, llm.model_config.dtype),
-        ratio=settings.ratio,
-        heads_per_group=collector.heads_per_group,
-        regularization=settings.regularization,
-        layer_weights=settings.layer_weights,
+        collector.heads_per_group,
+        settings.regularization,
     )
-    header = PackHeader(
-        format_version=FORMAT_VERSION,
-        fingerprint=found,
-        provenance=_provenance(settings, dataset, tokens, visual_tokens),
-        heads_per_group=collector.heads_per_group,
-        num_modalities=modalities,
-        ratio=settings.ratio,
-        max_context=max_context,
-        layers=layers,
+
+    def pack_at(ratio: float) -> Pack:
+        layers, packs = assembler.at(ratio, settings.layer_weights)
+        header = PackHeader(
+            format_version=FORMAT_VERSION,
+            fingerprint=found,
+            provenance=_provenance(settings, dataset, tokens, visual_tokens),
+            heads_per_group=collector.heads_per_group,
+            num_modalities=modalities,
+            ratio=ratio,
+            max_context=max_context,
+            layers=layers,
+        )
+        return Pack(header, packs)
+
+    if not settings.validates:
+        assert settings.ratio != "auto"
+        return pack_at(settings.ratio)
+    validator = Validator(llm, shape, held_out, settings.max_kl)
+    if settings.ratio == "auto":
+        return validator.smallest(pack_at, budget)
+    return validator.marked(pack_at(settings.ratio))
+
+
+def _fingerprint(llm: Any, collector: "Collector") -> Fingerprint:
+    """A pack is about the layers that it covers; those with other attention are not among them."""
+    from vllm_attentionpack.attention.fingerprint import fingerprint
+
+    return fingerprint(llm.model_config).model_copy(
+        update={"num_layers": len(collector.recorders)}
     )
-    return Pack(header, packs)
 
 
 def _modalities(settings: CalibrateSettings, tokens: int, visual_tokens: int) -> int:

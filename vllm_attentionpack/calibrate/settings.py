@@ -16,7 +16,11 @@ class CalibrateSettings(BaseModel):
     Attributes:
         model: name or path of the model, as vLLM takes it.
         data: JSON lines or text file (`evaluate.data`).
-        ratio: dense bfloat16 bytes over stored bytes per token; met or exceeded.
+        ratio: dense bfloat16 bytes over stored bytes per token; met or exceeded. `auto`: the
+            largest ratio whose loss on held-out items stays within `max_kl`.
+        validate_pack: measure the pack on held-out items and mark it where it exceeds `max_kl`.
+        max_kl: largest divergence from the dense cache on held-out items, in nats per token.
+        validation_share: fraction of the items that is held out of the statistics for it.
         output: where the pack is written; None keeps it in memory.
         group_size: KV heads coded jointly, a divisor of their number. More heads compress better,
             cost more arithmetic and allow fewer tensor-parallel ranks. `auto`: the largest with at
@@ -36,7 +40,10 @@ class CalibrateSettings(BaseModel):
 
     model: str
     data: Path
-    ratio: PositiveFloat = 8.0
+    ratio: PositiveFloat | Literal["auto"] = 8.0
+    validate_pack: bool = False
+    max_kl: PositiveFloat = 0.05
+    validation_share: float = Field(default=0.2, gt=0, lt=1)
     output: Path | None = None
     group_size: PositiveInt | Literal["auto"] = "auto"
     max_tokens: PositiveInt | None = None
@@ -46,6 +53,11 @@ class CalibrateSettings(BaseModel):
     regularization: PositiveFloat = 1e-2
     layer_weights: tuple[PositiveFloat, ...] | None = None
     engine: dict[str, Any] = {}
+
+    @property
+    def validates(self) -> bool:
+        """Whether items are held out."""
+        return self.validate_pack or self.ratio == "auto"
 
 
 def make_settings(values: Mapping[str, Any], source: str) -> CalibrateSettings:

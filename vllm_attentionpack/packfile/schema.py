@@ -56,6 +56,28 @@ class Provenance(_Frozen):
     attentionpack_version: str
 
 
+class Validation(_Frozen):
+    """What a pack lost on data that its statistics had not seen; informative, never checked.
+
+    Attributes:
+        kl: nats per token against the dense cache, every token read from codes.
+        predicted_kl: what the statistics had foretold.
+        top1_agreement: share of tokens with the same likeliest token.
+        max_kl: what `kl` was allowed to be.
+        tokens: scored.
+    """
+
+    kl: Annotated[float, Field(ge=0)]
+    predicted_kl: Annotated[float, Field(ge=0)] | None
+    top1_agreement: Annotated[float, Field(ge=0, le=1)]
+    max_kl: Annotated[float, Field(gt=0)]
+    tokens: PositiveInt
+
+    @property
+    def passed(self) -> bool:
+        return self.kl <= self.max_kl
+
+
 class PlaneHeader(_Frozen):
     """Plane counts in the file (see `codec.layout.PlaneCounts`)."""
 
@@ -93,6 +115,7 @@ class PackHeader(_Frozen):
         max_context: positions over which the rotated statistics were averaged; contexts beyond
             it are served with a warning.
         layers: in the order of the model.
+        validation: None where it was not asked for.
     """
 
     format_version: PositiveInt
@@ -103,6 +126,7 @@ class PackHeader(_Frozen):
     ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     max_context: PositiveInt
     layers: tuple[LayerHeader, ...]
+    validation: Validation | None = None
 
     def layouts(self) -> list[LayerLayout]:
         """The byte layout of every layer."""

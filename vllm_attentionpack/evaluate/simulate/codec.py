@@ -65,9 +65,13 @@ class SimulatedCodec(Protocol):
 
     Attributes:
         exact: see `ExactTokens`.
+        full_share: share of the tokens, those that gathered most attention up to a query, whose
+            values are read as `reconstruct` gives them; the others as `coarse_value` does. One for
+            every codec without partial decompression.
     """
 
     exact: ExactTokens
+    full_share: float
 
     def reconstruct(
         self, layer: int, key: Tensor, value: Tensor, visual: Tensor, lengths: Sequence[int]
@@ -86,19 +90,32 @@ class SimulatedCodec(Protocol):
         """
         ...
 
-    def request_bytes(self, length: int) -> float:
-        """Bytes that a request of `length` tokens takes over all layers, everything counted."""
+    def coarse_value(
+        self, layer: int, value: Tensor, visual: Tensor, lengths: Sequence[int]
+    ) -> Tensor:
+        """Values of tokens outside `full_share`; asked for only where that is below one."""
+        ...
+
+    def request_bytes(self, length: int, visual: int) -> float:
+        """Bytes over all layers, everything counted.
+
+        Args:
+            length: tokens of a request.
+            visual: how many of them are visual.
+        """
         ...
 
 
 class TokenCodec:
-    """A codec that stores every token alike.
+    """A codec that stores every token alike and reads every value in full.
 
     Args:
         shape: of the cache.
         bytes_per_token: over all layers, scales and padding included.
         exact: tokens that stay exact.
     """
+
+    full_share = 1.0
 
     def __init__(
         self, shape: CacheShape, bytes_per_token: float, exact: ExactTokens | None = None
@@ -107,7 +124,17 @@ class TokenCodec:
         self.bytes_per_token = bytes_per_token
         self.exact = exact or ExactTokens()
 
-    def request_bytes(self, length: int) -> float:
+    def reconstruct(
+        self, layer: int, key: Tensor, value: Tensor, visual: Tensor, lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def coarse_value(
+        self, layer: int, value: Tensor, visual: Tensor, lengths: Sequence[int]
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def request_bytes(self, length: int, visual: int) -> float:
         exact = self.exact.count(length)
         coded = length if self.exact.beside_codes else length - exact
         return coded * self.bytes_per_token + exact * self.shape.dense_bytes
@@ -126,11 +153,17 @@ class DenseCodec(TokenCodec):
 
 
 class PackCodec(TokenCodec):
-    """A pack of ours."""
+    """Our own format, one `LayerCodec` per layer."""
 
-    def __init__(self, shape: CacheShape, pack: Pack, exact: ExactTokens | None = None) -> None:
-        super().__init__(shape, pack.header.bytes_per_token, exact)
-        self._codecs: list[LayerCodec] = [pack.codec(i) for i in range(len(pack.layers))]
+    def __init__(
+        self, shape: CacheShape, codecs: Sequence[LayerCodec], exact: ExactTokens | None = None
+    ) -> None:
+        super().__init__(shape, sum(codec.layout.bytes_per_token for codec in codecs), exact)
+        self._codecs = codecs
+
+    @classmethod
+    def of(cls, shape: CacheShape, pack: Pack, exact: ExactTokens | None = None) -> "PackCodec":
+        return cls(shape, [pack.codec(i) for i in range(len(pack.layers))], exact)
 
     def reconstruct(
         self, layer: int, key: Tensor, value: Tensor, visual: Tensor, lengths: Sequence[int]

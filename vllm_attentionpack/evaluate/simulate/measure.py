@@ -105,8 +105,13 @@ class Simulator:
 
     def bytes_per_token(self, codec: SimulatedCodec) -> float:
         """Mean over all recorded tokens of the bytes that `codec` stores for them."""
-        lengths = [r.length for r in self.recorded]
-        return sum(codec.request_bytes(n) for n in lengths) / sum(lengths)
+        total = sum(codec.request_bytes(r.length, int(r.visual.sum())) for r in self.recorded)
+        return total / self.tokens
+
+    @property
+    def tokens(self) -> int:
+        """Recorded tokens."""
+        return sum(prompt.length for prompt in self.recorded)
 
     def observe(self, observer: Observer) -> None:
         """Shows the dense keys, values and queries of every step, in the order of `batches`."""

@@ -43,6 +43,11 @@ class Recorded:
     def length(self) -> int:
         return self.positions.shape[-1]
 
+    @property
+    def temporal_positions(self) -> Tensor:
+        """int `[T]`; see `codec.positions`."""
+        return self.positions[0] if self.positions.ndim == 2 else self.positions
+
 
 def record(llm: "LLM", items: Sequence[Item]) -> list[Recorded]:
     """Runs every prompt of the items alone, answers included.

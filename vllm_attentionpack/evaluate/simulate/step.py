@@ -40,6 +40,7 @@ class SimulatedStep:
         index = self.layers.get(layer.layer_name)
         exact_key, exact_value = key.float(), value.float()
         exact, read_key, read_value = ExactTokens(), exact_key, exact_value
+        coarse = None
         if index is not None:
             if self.observer is not None:
                 self.observer(index, query, key, value)
@@ -47,12 +48,24 @@ class SimulatedStep:
             read_key, read_value = self.codec.reconstruct(
                 index, exact_key, exact_value, self.visual, self.lengths
             )
+            if self.codec.full_share < 1:
+                coarse = self.codec.coarse_value(
+                    index, exact_value, self.visual, self.lengths
+                )
         start = 0
         for length in self.lengths:
             rows = slice(start, start + length)
             start += length
             q = query[rows].float()
-            if exact or layer.sliding_window is not None:
+            if coarse is not None:
+                result = _attend_partial(
+                    q,
+                    read_key[rows],
+                    (read_value[rows], coarse[rows]),
+                    self.codec.full_share,
+                    layer.impl.scale,
+                )
+            elif exact or layer.sliding_window is not None:
                 result = _attend_mixed(
                     q,
                     (read_key[rows], read_value[rows]),
@@ -105,5 +118,34 @@ def _attend_mixed(
         weights = logits.masked_fill(~seen, float("-inf")).softmax(-1)
         result = torch.einsum("hgqn,nhd->qhgd", weights * mask, exact[1][:stop])
         result += torch.einsum("hgqn,nhd->qhgd", weights * ~mask, read[1][:stop])
+        out[start:stop] = result.reshape(stop - start, heads, size)
+    return out
+
+
+def _attend_partial(
+    query: Tensor, key: Tensor, values: tuple[Tensor, Tensor], full_share: float, scale: float
+) -> Tensor:
+    """Causal attention; values of tokens with little attention so far are the second of `values`.
+
+    The weights of a query count towards its own choice.
+    """
+    length, heads, size = query.shape
+    kv_heads = key.shape[1]
+    grouped = query.unflatten(1, (kv_heads, heads // kv_heads)) * scale
+    positions = torch.arange(length, device=query.device)
+    gathered = torch.zeros(length, device=query.device)
+    rows = max(1, _LOGIT_BYTES // (4 * heads * length))
+    out = torch.empty_like(query)
+    for start in range(0, length, rows):
+        stop = min(start + rows, length)
+        logits = torch.einsum("qhgd,nhd->hgqn", grouped[start:stop], key[:stop])
+        future = positions[start:stop, None] < positions[None, :stop]
+        weights = logits.masked_fill(future, float("-inf")).softmax(-1)
+        so_far = gathered[:stop] + weights.mean((0, 1)).cumsum(0)  # [q, n]
+        gathered[:stop] = so_far[-1]
+        rank = so_far.masked_fill(future, -1.0).argsort(dim=1, descending=True).argsort(dim=1)
+        full = rank < (positions[start:stop, None] + 1) * full_share
+        result = torch.einsum("hgqn,nhd->qhgd", weights * full, values[0][:stop])
+        result += torch.einsum("hgqn,nhd->qhgd", weights * ~full, values[1][:stop])
         out[start:stop] = result.reshape(stop - start, heads, size)
     return out
