@@ -1,1 +1,1 @@
-"""Ablations of the calibration, each alone, at equal bytes; run by scripts/measure_calibration.py."""
+"""Ablations of the calibration, each alone, at equal bytes (scripts/measure_calibration.py)."""

@@ -6,8 +6,7 @@ widths is compared at its best.
 """
 
 import heapq
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from vllm_attentionpack.codec.layout import KINDS, Kind
 from vllm_attentionpack.codec.quantize import decode_scale, encode_scale, step_and_distortion
 from vllm_attentionpack.codec.transform import PrincipalBasis
-from vllm_attentionpack.evaluate.simulate.codec import CacheShape, ExactTokens, TokenCodec
+from vllm_attentionpack.evaluate.simulate.codec import CacheShape, ExactTokens, TokenCodec, Tokens
 
 GRANULE = 4
 
@@ -149,7 +148,7 @@ class VariantCodec(TokenCodec):
     Args:
         shape: of the cache.
         bases: per layer, per head group, of keys and values.
-        prices: of each layer's distortion.
+        prices: of the distortion of each layer's keys and values.
         ratio: against bfloat16; scales count.
         form: see `Format`.
         exact: exact tokens beside the codes.
@@ -159,14 +158,16 @@ class VariantCodec(TokenCodec):
         self,
         shape: CacheShape,
         bases: "Sequence[Sequence[dict[Kind, PrincipalBasis]]]",
-        prices: Sequence[float],
+        prices: Mapping[tuple[int, Kind], float],
         ratio: float,
         form: Format,
         exact: ExactTokens | None = None,
     ) -> None:
-        units = [(i, g, kind) for i, of in enumerate(bases) for g in range(len(of)) for kind in KINDS]
+        units = [
+            (i, g, kind) for i, of in enumerate(bases) for g in range(len(of)) for kind in KINDS
+        ]
         spectra = [bases[i][g][kind].spectrum.numpy() for i, g, kind in units]
-        weights = [prices[i] for i, _, _ in units]
+        weights = [prices[i, kind] for i, _, kind in units]
         budget = 8 * shape.dense_bytes / ratio
         planes = len(form.bits) if form.per_plane else 1
         fixed = 8 * len(units) * planes * form.scale_bytes if form.scale != "none" else 0
@@ -179,14 +180,14 @@ class VariantCodec(TokenCodec):
         }
 
     def reconstruct(
-        self, layer: int, key: Tensor, value: Tensor, visual: Tensor, lengths: Sequence[int]
+        self, layer: int, key: Tensor, value: Tensor, tokens: Tokens
     ) -> tuple[Tensor, Tensor]:
         result = []
         for kind, x in zip(KINDS, (key, value), strict=True):
             groups = [g for i, g, k in self._parts if i == layer and k == kind]
             split = x.flatten(1).chunk(len(groups), dim=1)
             parts = [
-                self._parts[layer, g, kind](part, visual)
+                self._parts[layer, g, kind](part, tokens.visual)
                 for g, part in zip(groups, split, strict=True)
             ]
             result.append(torch.cat(parts, dim=1).view_as(x))
@@ -209,7 +210,10 @@ class _Part:
         self._form = form
         kept = bits[:rank]
         self._planes = [
-            (slice(int(np.argmax(kept == b)), int(np.argmax(kept == b) + (kept == b).sum())), int(b))
+            (
+                slice(int(np.argmax(kept == b)), int(np.argmax(kept == b) + (kept == b).sum())),
+                int(b),
+            )
             for b in sorted(set(kept.tolist()), reverse=True)
         ]
 
@@ -246,13 +250,19 @@ class _Part:
         best = best_error = None
         for candidate in tried or [torch.ones(len(z))]:
             scale = round_scale(candidate.clamp_min(1e-6), form.scale)[:, None]
-            read = torch.cat(
-                [
-                    quantize(z[:, d.start - offset : d.stop - offset] / scale, levels(b, form.codebook))
-                    for d, b in planes
-                ],
-                dim=1,
-            ) * scale
+            read = (
+                torch.cat(
+                    [
+                        quantize(
+                            z[:, d.start - offset : d.stop - offset] / scale,
+                            levels(b, form.codebook),
+                        )
+                        for d, b in planes
+                    ],
+                    dim=1,
+                )
+                * scale
+            )
             error = ((read - z).square() * weight).sum(1)
             if best is None or best_error is None:
                 best, best_error = read, error
@@ -262,7 +272,3 @@ class _Part:
                 best_error = torch.where(better, error, best_error)
         assert best is not None
         return best
-
-
-CodecMaker = Callable[[], TokenCodec]
-_ = math

@@ -13,20 +13,21 @@ from vllm_attentionpack.packfile import Pack, PackHeader
 
 def calibrate_at(model: str, data: Any, ratios: Sequence[float], **options: Any) -> list[Pack]:
     """One pack per ratio, as `calibrate` would make it; `options` as there."""
-    call: dict[str, Any] = {}
-    assemble = assembling.assemble
+    made: list[tuple[assembling.Assembler, dict[str, Any]]] = []
+    at = assembling.Assembler.at
 
-    def keep(layers: Any, **arguments: Any) -> Any:
-        call.update(arguments, layers=layers)
-        return assemble(layers, **arguments)
+    def keep(self: Any, ratio: float, layer_weights: Any = None, sensitivity: Any = None) -> Any:
+        made.append((self, {"layer_weights": layer_weights, "sensitivity": sensitivity}))
+        return at(self, ratio, **made[-1][1])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assembling, "assemble", keep)
+        patch.setattr(assembling.Assembler, "at", keep)
         packs = [calibrate(model, data, ratios[0], **options)]
+    assembler, arguments = made[-1]
     for ratio in ratios[1:]:
-        headers, layers = assemble(**{**call, "ratio": ratio})
-        header = packs[0].header.model_copy(update={"ratio": ratio, "layers": headers})
-        packs.append(Pack(PackHeader.model_validate(header.model_dump()), layers))
+        assembled = assembler.at(ratio, **arguments)
+        header = packs[0].header.model_copy(update={"ratio": ratio, "layers": assembled.headers})
+        packs.append(Pack(PackHeader.model_validate(header.model_dump()), assembled.packs))
     return packs
 
 

@@ -16,7 +16,7 @@ Layers are compared by distortion over the energy of their own output,
 nor one that writes much fed for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vllm_attentionpack.calibrate.moments import LayerMoments
 from vllm_attentionpack.codec.allocate import UnitCurve, allocate, unit_curve
-from vllm_attentionpack.codec.codec import Basis
+from vllm_attentionpack.codec.codec import Basis, LayerCodec
 from vllm_attentionpack.codec.layout import (
     DENSE_BYTES,
     KINDS,
@@ -118,6 +118,23 @@ def _round_down(ratio: float) -> str:
     return f"{ratio * 100 // 1 / 100:.2f}"
 
 
+@dataclass(frozen=True)
+class Assembled:
+    """Ranks, bits and bases of all layers."""
+
+    headers: tuple[LayerHeader, ...]
+    packs: list[LayerPack]
+    heads_per_group: int
+    head_size: int
+
+    def codecs(self, device: torch.device) -> list[LayerCodec]:
+        """The codec of every layer."""
+        return [
+            LayerCodec(header.layout(self.heads_per_group, self.head_size), pack.bases).to(device)
+            for header, pack in zip(self.headers, self.packs, strict=True)
+        ]
+
+
 class Assembler:
     """The bases of all layers, from which packs of any ratio follow quickly.
 
@@ -136,22 +153,30 @@ class Assembler:
             len(layers), groups * heads_per_group, layers[0].head_size, heads_per_group
         )
         self.bases = [layer_bases(layer, heads_per_group, regularization) for layer in layers]
-        #: What a unit of distortion costs in each layer, before prices.
-        self.weights = [1 / output_energy(layer) for layer in layers]
+        #: Of each layer, key and value of each group in turn; in units of the layer's own output.
         self._curves: list[list[UnitCurve]] = [
-            [unit_curve(group[kind].spectrum.numpy()) for group in of_layer for kind in KINDS]
-            for of_layer in self.bases
+            [
+                unit_curve(group[kind].spectrum.numpy() / output_energy(layer))
+                for group in of_layer
+                for kind in KINDS
+            ]
+            for layer, of_layer in zip(layers, self.bases, strict=True)
         ]
 
     def at(
-        self, ratio: float, layer_weights: Sequence[float] | None = None
-    ) -> tuple[tuple[LayerHeader, ...], list[LayerPack]]:
+        self,
+        ratio: float,
+        layer_weights: Sequence[float] | None = None,
+        sensitivity: Mapping[tuple[int, Kind], float] | None = None,
+    ) -> Assembled:
         """Chooses ranks and bits.
 
         Args:
             ratio: dense bfloat16 bytes over stored bytes, scales and padding counted; met or
                 exceeded.
             layer_weights: the price of each layer's relative distortion; all alike by default.
+            sensitivity: the price of each layer's keys and values, as measured; multiplies the
+                layer's weight. All alike by default.
 
         Raises:
             BudgetError: the ratio cannot be met.
@@ -159,21 +184,40 @@ class Assembler:
         """
         num_layers = len(self.names)
         bytes_per_token = self.budget.bytes_per_token(ratio)
-        prices = list(layer_weights) if layer_weights is not None else [1.0] * num_layers
-        if len(prices) != num_layers or min(prices) <= 0:
+        weights = list(layer_weights) if layer_weights is not None else [1.0] * num_layers
+        if len(weights) != num_layers or min(weights) <= 0:
             raise ConfigError(
-                f"layer weights are {prices}; expected {num_layers} positive numbers, one per "
+                f"layer weights are {weights}; expected {num_layers} positive numbers, one per "
                 "layer."
             )
-        weights = [price * weight for price, weight in zip(prices, self.weights, strict=True)]
+        curves = self._curves
+        if sensitivity is not None:
+            curves = [
+                [
+                    curve.priced(sensitivity[i, KINDS[j % len(KINDS)]])
+                    for j, curve in enumerate(units)
+                ]
+                for i, units in enumerate(curves)
+            ]
         fixed = [self.budget.fixed_bytes] * num_layers
-        chosen = allocate(self._curves, weights, bytes_per_token, fixed)
+        chosen = allocate(curves, weights, bytes_per_token, fixed)
         headers, packs = [], []
         for name, of_layer, (counts, size) in zip(self.names, self.bases, chosen, strict=True):
             header, pack = _layer(name, of_layer, counts, size)
             headers.append(header)
             packs.append(pack)
-        return tuple(headers), packs
+        return Assembled(tuple(headers), packs, self.budget.heads_per_group, self.budget.head_size)
+
+    def distortion(self, assembled: Assembled) -> dict[tuple[int, Kind], float]:
+        """What the statistics foretell of each layer's keys and values, over its output energy."""
+        result: dict[tuple[int, Kind], float] = {}
+        for i, (header, units) in enumerate(zip(assembled.headers, self._curves, strict=True)):
+            curves = iter(units)
+            for group in header.groups:
+                for kind in KINDS:
+                    spent = next(curves).distortion_of(getattr(group, kind).counts())
+                    result[i, kind] = result.get((i, kind), 0.0) + spent
+        return result
 
 
 def assemble(
@@ -185,7 +229,8 @@ def assemble(
     layer_weights: Sequence[float] | None = None,
 ) -> tuple[tuple[LayerHeader, ...], list[LayerPack]]:
     """Chooses bases, ranks and bits of one pack; see `Assembler`."""
-    return Assembler(layers, heads_per_group, regularization).at(ratio, layer_weights)
+    assembled = Assembler(layers, heads_per_group, regularization).at(ratio, layer_weights)
+    return assembled.headers, assembled.packs
 
 
 def layer_bases(

@@ -1,8 +1,9 @@
 """Calibration from end to end: model and data in, pack out."""
 
 import logging
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +13,7 @@ from vllm_attentionpack.calibrate.assemble import Budget
 from vllm_attentionpack.calibrate.engine import Progress, feed, statistics_engine
 from vllm_attentionpack.calibrate.settings import CalibrateSettings, make_settings
 from vllm_attentionpack.errors import CalibrationDataError
-from vllm_attentionpack.evaluate.data import Dataset, read_dataset
+from vllm_attentionpack.evaluate.data import Dataset, Item, read_dataset
 from vllm_attentionpack.evaluate.simulate.codec import CacheShape
 from vllm_attentionpack.packfile import Pack, PackHeader, Provenance, save_pack
 from vllm_attentionpack.packfile.schema import FORMAT_VERSION, Fingerprint
@@ -24,6 +25,8 @@ logger = logging.getLogger("vllm.attentionpack")
 
 #: With fewer visual tokens than this, `auto` codes them like text: their statistics are noise.
 MIN_VISUAL_TOKENS = 64
+#: Where sensitivities are measured when the ratio is yet to be found.
+_SENSITIVITY_RATIO = 8.0
 
 
 def calibrate(
@@ -75,9 +78,12 @@ def run_calibration(settings: CalibrateSettings) -> Pack:
 def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
     from vllm_attentionpack.calibrate.assemble import Assembler
     from vllm_attentionpack.calibrate.collector import Collector
-    from vllm_attentionpack.calibrate.validate import Validator, split_items
+    from vllm_attentionpack.calibrate.sensitivity import measure_sensitivity, predicted_kl
+    from vllm_attentionpack.calibrate.validate import Candidate, Validator, split_items
+    from vllm_attentionpack.evaluate.simulate.measure import Simulator
 
-    fitted, held_out = dataset.items, ()
+    fitted: tuple[Item, ...] = dataset.items
+    held_out: tuple[Item, ...] = ()
     if settings.validates:
         fitted, held_out = split_items(dataset, settings.validation_share, settings.seed)
     (collector,) = llm.apply_model(lambda model: Collector.install(model, settings.group_size))
@@ -119,8 +125,21 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
         settings.regularization,
     )
 
-    def pack_at(ratio: float) -> Pack:
-        layers, packs = assembler.at(ratio, settings.layer_weights)
+    sensitivity = None
+    if settings.sensitivity == "measured":
+        items = _drawn(fitted, settings.seed)
+        simulator = Simulator(llm, shape, items, settings.sensitivity_tokens)
+        start = settings.ratio if settings.ratio != "auto" else _SENSITIVITY_RATIO
+        with _progress_bar("measuring sensitivity") as progress:
+            sensitivity = measure_sensitivity(
+                simulator,
+                assembler,
+                assembler.at(start, settings.layer_weights),
+                lambda fraction: progress(fraction, simulator.tokens),
+            )
+
+    def candidate(ratio: float) -> Candidate:
+        assembled = assembler.at(ratio, settings.layer_weights, sensitivity)
         header = PackHeader(
             format_version=FORMAT_VERSION,
             fingerprint=found,
@@ -129,26 +148,34 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
             num_modalities=modalities,
             ratio=ratio,
             max_context=max_context,
-            layers=layers,
+            layers=assembled.headers,
         )
-        return Pack(header, packs)
+        foretold = None
+        if sensitivity is not None:
+            foretold = predicted_kl(sensitivity, assembler.distortion(assembled))
+        return Candidate(Pack(header, assembled.packs), foretold)
 
     if not settings.validates:
         assert settings.ratio != "auto"
-        return pack_at(settings.ratio)
+        return candidate(settings.ratio).pack
     validator = Validator(llm, shape, held_out, settings.max_kl)
     if settings.ratio == "auto":
-        return validator.smallest(pack_at, budget)
-    return validator.marked(pack_at(settings.ratio))
+        return validator.smallest(candidate, budget)
+    return validator.marked(candidate(settings.ratio))
+
+
+def _drawn(items: Sequence[Item], seed: int) -> list[Item]:
+    """In the order in which `feed` takes them."""
+    order = list(items)
+    random.Random(seed).shuffle(order)
+    return order
 
 
 def _fingerprint(llm: Any, collector: "Collector") -> Fingerprint:
     """A pack is about the layers that it covers; those with other attention are not among them."""
     from vllm_attentionpack.attention.fingerprint import fingerprint
 
-    return fingerprint(llm.model_config).model_copy(
-        update={"num_layers": len(collector.recorders)}
-    )
+    return fingerprint(llm.model_config).model_copy(update={"num_layers": len(collector.recorders)})
 
 
 def _modalities(settings: CalibrateSettings, tokens: int, visual_tokens: int) -> int:
@@ -179,14 +206,14 @@ def _provenance(
 
 
 @contextmanager
-def _progress_bar() -> Iterator[Progress]:
+def _progress_bar(what: str = "calibrating") -> Iterator[Progress]:
     """A bar on stderr with tokens, tokens per second and the time that is left."""
     from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
     columns = (
-        TextColumn("calibrating"),
+        TextColumn(what),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[tokens]:,} tokens, {task.fields[speed]:,.0f} tokens/s"),

@@ -32,6 +32,10 @@ class CalibrateSettings(BaseModel):
         modalities: 1 codes all tokens by one basis, 2 visual tokens by their own; `auto` takes 2
             when at least `run.MIN_VISUAL_TOKENS` were seen.
         regularization: see `codec.transform.principal_basis`.
+        sensitivity: what errors in each layer's keys and values cost: `measured` on
+            `sensitivity_tokens` of the calibration data, which takes two forwards over them per
+            layer, or `uniform`.
+        sensitivity_tokens: at most this many, whole prompts.
         layer_weights: price of each layer's relative distortion; None prices all alike.
         engine: further arguments of `vllm.LLM`.
     """
@@ -51,6 +55,8 @@ class CalibrateSettings(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**32)
     modalities: Literal["auto", 1, 2] = "auto"
     regularization: PositiveFloat = 1e-2
+    sensitivity: Literal["measured", "uniform"] = "measured"
+    sensitivity_tokens: PositiveInt = 8192
     layer_weights: tuple[PositiveFloat, ...] | None = None
     engine: dict[str, Any] = {}
 

@@ -8,7 +8,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vllm_attentionpack.calibrate.assemble import Budget
@@ -52,6 +52,14 @@ def split_items(
     return fitted, held_out
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A pack and the loss that the statistics foretell, None where they cannot."""
+
+    pack: Pack
+    predicted_kl: float | None
+
+
 class Validator:
     """Measures packs on held-out items.
 
@@ -65,20 +73,19 @@ class Validator:
         UnsupportedModelError: see `Simulator`.
     """
 
-    def __init__(
-        self, llm: "LLM", shape: CacheShape, items: Sequence[Item], max_kl: float
-    ) -> None:
+    def __init__(self, llm: "LLM", shape: CacheShape, items: Sequence[Item], max_kl: float) -> None:
         self._simulator = Simulator(llm, shape, items)
         self._items = items
         self._max_kl = max_kl
 
-    def marked(self, pack: Pack) -> Pack:
+    def marked(self, candidate: Candidate) -> Pack:
         """The pack with its measured loss in the header."""
-        scores = self._simulator.measure(PackCodec.of(self._simulator.shape, pack))
+        pack, simulator = candidate.pack, self._simulator
+        scores = simulator.measure(PackCodec.of(simulator.shape, pack, simulator.device))
         figures = scores.figures(self._items, range(len(self._items)))
         validation = Validation(
             kl=figures.kl,
-            predicted_kl=None,
+            predicted_kl=candidate.predicted_kl,
             top1_agreement=figures.top1,
             max_kl=self._max_kl,
             tokens=figures.tokens,
@@ -92,21 +99,21 @@ class Validator:
         )
         return replace(pack, header=pack.header.model_copy(update={"validation": validation}))
 
-    def smallest(self, pack_at: Callable[[float], Pack], budget: Budget) -> Pack:
+    def smallest(self, at: Callable[[float], Candidate], budget: Budget) -> Pack:
         """The pack of the largest ratio that passes, found by bisection.
 
         Where none passes, that of the smallest ratio, marked as failing.
         """
         low, high = budget.ratio_range()
-        best = self.marked(pack_at(low))
+        best = self.marked(at(low))
         if not _passed(best):
             return best
-        top = self.marked(pack_at(high))
+        top = self.marked(at(high))
         if _passed(top):
             return top
         while high / low > _RATIO_TOLERANCE:
             middle = math.sqrt(low * high)
-            pack = self.marked(pack_at(middle))
+            pack = self.marked(at(middle))
             if _passed(pack):
                 best, low = pack, middle
             else:

@@ -102,6 +102,15 @@ class LayerHeader(_Frozen):
     bytes_per_token: PositiveInt
     groups: tuple[GroupHeader, ...]
 
+    def layout(self, heads_per_group: int, head_size: int) -> LayerLayout:
+        """The byte layout."""
+        return LayerLayout(
+            groups=tuple(GroupLayout(g.key.counts(), g.value.counts()) for g in self.groups),
+            heads_per_group=heads_per_group,
+            head_size=head_size,
+            bytes_per_token=self.bytes_per_token,
+        )
+
 
 class PackHeader(_Frozen):
     """Everything of a pack but its tensors.
@@ -131,13 +140,7 @@ class PackHeader(_Frozen):
     def layouts(self) -> list[LayerLayout]:
         """The byte layout of every layer."""
         return [
-            LayerLayout(
-                groups=tuple(GroupLayout(g.key.counts(), g.value.counts()) for g in layer.groups),
-                heads_per_group=self.heads_per_group,
-                head_size=self.fingerprint.head_size,
-                bytes_per_token=layer.bytes_per_token,
-            )
-            for layer in self.layers
+            layer.layout(self.heads_per_group, self.fingerprint.head_size) for layer in self.layers
         ]
 
     @property

@@ -78,7 +78,9 @@ def _header_table(header: PackHeader, facts: dict[str, Any]) -> Table:
 
 def validation_text(validation: Validation) -> str:
     """One line: whether it passed, what was measured, what was foretold."""
-    foretold = "" if validation.predicted_kl is None else f", foretold {validation.predicted_kl:.4f}"
+    foretold = (
+        "" if validation.predicted_kl is None else f", foretold {validation.predicted_kl:.4f}"
+    )
     return (
         f"{'passed' if validation.passed else 'FAILED'}: {validation.kl:.4f} nats per token"
         f"{foretold} (at most {validation.max_kl:g}), {validation.top1_agreement:.1%} of "

@@ -10,7 +10,11 @@ from vllm_attentionpack.evaluate.baselines.scalar import (
 )
 from vllm_attentionpack.evaluate.baselines.turboquant import TurboQuant
 from vllm_attentionpack.evaluate.simulate.capture import Captured
-from vllm_attentionpack.evaluate.simulate.codec import CacheShape, ExactTokens, SimulatedCodec
+from vllm_attentionpack.evaluate.simulate.codec import (
+    CacheShape,
+    ExactTokens,
+    SimulatedCodec,
+)
 
 #: Fewest layers for which vLLM's dense boundary layers of TurboQuant leave any compressed.
 _LAYERS_WITH_BOUNDARY = 5

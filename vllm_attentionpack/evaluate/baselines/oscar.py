@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vllm_attentionpack.codec.layout import KINDS, Kind
 from vllm_attentionpack.evaluate.baselines.hadamard import hadamard
-from vllm_attentionpack.evaluate.simulate.codec import CacheShape, ExactTokens, TokenCodec
+from vllm_attentionpack.evaluate.simulate.codec import CacheShape, ExactTokens, TokenCodec, Tokens
 
 _CLIPS = (1.0, 0.98, 0.96, 0.92, 0.88)
 #: Scale and zero point.
@@ -65,7 +65,7 @@ class Oscar(TokenCodec):
             self._clips.append(clips)
 
     def reconstruct(
-        self, layer: int, key: Tensor, value: Tensor, visual: Tensor, lengths: Sequence[int]
+        self, layer: int, key: Tensor, value: Tensor, tokens: Tokens
     ) -> tuple[Tensor, Tensor]:
         rotation, clip = self._rotations[layer], self._clips[layer]
         return (

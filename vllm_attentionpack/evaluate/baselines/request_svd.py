@@ -12,13 +12,11 @@ and averaged over heads, and the better half of the tokens counts as important. 
 few visual tokens that factors take more room than the tokens keeps them dense.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from vllm_attentionpack.codec.layout import DENSE_BYTES
-from vllm_attentionpack.evaluate.simulate.codec import CacheShape, ExactTokens
+from vllm_attentionpack.evaluate.simulate.codec import CacheShape, ExactTokens, Tokens
 
 
 class RequestSvd:
@@ -45,28 +43,24 @@ class RequestSvd:
         return (length - visual) * self.shape.dense_bytes + stored
 
     def reconstruct(
-        self, layer: int, key: Tensor, value: Tensor, visual: Tensor, lengths: Sequence[int]
+        self, layer: int, key: Tensor, value: Tensor, tokens: Tokens
     ) -> tuple[Tensor, Tensor]:
         return (
-            self._read(key, visual, lengths, self._ranks[0], 1),
-            self._read(value, visual, lengths, self._ranks[1], 1),
+            self._read(key, tokens, self._ranks[0], 1),
+            self._read(value, tokens, self._ranks[1], 1),
         )
 
-    def coarse_value(
-        self, layer: int, value: Tensor, visual: Tensor, lengths: Sequence[int]
-    ) -> Tensor:
-        return self._read(value, visual, lengths, self._ranks[1], 2)
+    def coarse_value(self, layer: int, value: Tensor, tokens: Tokens) -> Tensor:
+        return self._read(value, tokens, self._ranks[1], 2)
 
     def _elements(self, visual: int, rank: int) -> int:
         dims = self.shape.num_kv_heads * self.shape.head_size
         return min(visual * dims, (visual + dims) * rank)
 
-    def _read(
-        self, x: Tensor, visual: Tensor, lengths: Sequence[int], rank: int, divisor: int
-    ) -> Tensor:
+    def _read(self, x: Tensor, tokens: Tokens, rank: int, divisor: int) -> Tensor:
         read, start = x.clone(), 0
-        for length in lengths:
-            rows = start + visual[start : start + length].nonzero()[:, 0]
+        for length in tokens.lengths:
+            rows = start + tokens.visual[start : start + length].nonzero()[:, 0]
             start += length
             flat = x[rows].flatten(1)
             if len(rows) and self._elements(len(rows), rank) < flat.numel():

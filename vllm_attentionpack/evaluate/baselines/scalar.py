@@ -1,13 +1,11 @@
 """Element-wise formats, as vLLM ships them."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from vllm_attentionpack.codec.layout import KINDS
 from vllm_attentionpack.evaluate.baselines.hadamard import random_rotation
-from vllm_attentionpack.evaluate.simulate.codec import CacheShape, TokenCodec
+from vllm_attentionpack.evaluate.simulate.codec import CacheShape, TokenCodec, Tokens
 
 #: vLLM keeps one float32 scale per (token, head, K|V); int4's zero point hides in its low bits.
 _SCALE_BYTES = 4
@@ -28,7 +26,7 @@ class _ElementCodec(TokenCodec):
         super().__init__(shape, units * per_head)
 
     def reconstruct(
-        self, layer: int, key: Tensor, value: Tensor, visual: Tensor, lengths: Sequence[int]
+        self, layer: int, key: Tensor, value: Tensor, tokens: Tokens
     ) -> tuple[Tensor, Tensor]:
         return self._read(key), self._read(value)
 

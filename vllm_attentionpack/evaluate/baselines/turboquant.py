@@ -8,14 +8,13 @@ their least and largest element, both kept in 16 bits, and has no residual (QJL)
 """
 
 import math
-from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from vllm_attentionpack.evaluate.baselines.hadamard import random_rotation
-from vllm_attentionpack.evaluate.simulate.codec import CacheShape, TokenCodec
+from vllm_attentionpack.evaluate.simulate.codec import CacheShape, TokenCodec, Tokens
 
 
 class TurboQuant(TokenCodec):
@@ -54,7 +53,7 @@ class TurboQuant(TokenCodec):
         self._rotation = random_rotation(size)
 
     def reconstruct(
-        self, layer: int, key: Tensor, value: Tensor, visual: Tensor, lengths: Sequence[int]
+        self, layer: int, key: Tensor, value: Tensor, tokens: Tokens
     ) -> tuple[Tensor, Tensor]:
         if layer in self._dense:
             return key, value

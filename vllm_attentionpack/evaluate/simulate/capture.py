@@ -50,7 +50,8 @@ def capture(simulator: Simulator) -> list[Captured]:
     visual = torch.cat([prompt.visual for prompt in prompts])
     positions = torch.cat([prompt.temporal_positions for prompt in prompts])
     lengths = tuple(prompt.length for prompt in prompts)
-    return [
-        Captured(*(torch.cat(parts) for parts in zip(*steps, strict=True)), visual, positions, lengths)
-        for steps in seen
-    ]
+    result = []
+    for steps in seen:
+        query, key, value = (torch.cat(parts) for parts in zip(*steps, strict=True))
+        result.append(Captured(query, key, value, visual, positions, lengths))
+    return result

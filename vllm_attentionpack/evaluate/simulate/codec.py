@@ -60,6 +60,21 @@ class ExactTokens:
         return recent | (keys < self.sinks)[None, :]
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a step, `T` in all.
+
+    Attributes:
+        lengths: tokens of each request, one after the other.
+        visual: bool `[T]`.
+        positions: int `[T]`, what keys are turned by (`codec.positions`).
+    """
+
+    lengths: Sequence[int]
+    visual: Tensor
+    positions: Tensor
+
+
 class SimulatedCodec(Protocol):
     """A cache format.
 
@@ -74,7 +89,7 @@ class SimulatedCodec(Protocol):
     full_share: float
 
     def reconstruct(
-        self, layer: int, key: Tensor, value: Tensor, visual: Tensor, lengths: Sequence[int]
+        self, layer: int, key: Tensor, value: Tensor, tokens: Tokens
     ) -> tuple[Tensor, Tensor]:
         """Keys and values as attention would read them.
 
@@ -82,17 +97,14 @@ class SimulatedCodec(Protocol):
             layer: index into `CacheShape.layer_names`.
             key: float32 `[T, Hk, D]`, rotated, of whole requests one after the other.
             value: float32 `[T, Hk, D]`.
-            visual: bool `[T]`.
-            lengths: tokens of each request; they sum to `T`.
+            tokens: what else is known of the `T` tokens.
 
         Returns:
             float32, shaped as the inputs.
         """
         ...
 
-    def coarse_value(
-        self, layer: int, value: Tensor, visual: Tensor, lengths: Sequence[int]
-    ) -> Tensor:
+    def coarse_value(self, layer: int, value: Tensor, tokens: Tokens) -> Tensor:
         """Values of tokens outside `full_share`; asked for only where that is below one."""
         ...
 
@@ -125,13 +137,11 @@ class TokenCodec:
         self.exact = exact or ExactTokens()
 
     def reconstruct(
-        self, layer: int, key: Tensor, value: Tensor, visual: Tensor, lengths: Sequence[int]
+        self, layer: int, key: Tensor, value: Tensor, tokens: Tokens
     ) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def coarse_value(
-        self, layer: int, value: Tensor, visual: Tensor, lengths: Sequence[int]
-    ) -> Tensor:
+    def coarse_value(self, layer: int, value: Tensor, tokens: Tokens) -> Tensor:
         raise NotImplementedError
 
     def request_bytes(self, length: int, visual: int) -> float:
@@ -147,7 +157,7 @@ class DenseCodec(TokenCodec):
         super().__init__(shape, shape.dense_bytes)
 
     def reconstruct(
-        self, layer: int, key: Tensor, value: Tensor, visual: Tensor, lengths: Sequence[int]
+        self, layer: int, key: Tensor, value: Tensor, tokens: Tokens
     ) -> tuple[Tensor, Tensor]:
         return key, value
 
@@ -162,11 +172,18 @@ class PackCodec(TokenCodec):
         self._codecs = codecs
 
     @classmethod
-    def of(cls, shape: CacheShape, pack: Pack, exact: ExactTokens | None = None) -> "PackCodec":
-        return cls(shape, [pack.codec(i) for i in range(len(pack.layers))], exact)
+    def of(
+        cls,
+        shape: CacheShape,
+        pack: Pack,
+        device: torch.device,
+        exact: ExactTokens | None = None,
+    ) -> "PackCodec":
+        """The codec of a whole pack, on `device`."""
+        return cls(shape, [pack.codec(i).to(device) for i in range(len(pack.layers))], exact)
 
     def reconstruct(
-        self, layer: int, key: Tensor, value: Tensor, visual: Tensor, lengths: Sequence[int]
+        self, layer: int, key: Tensor, value: Tensor, tokens: Tokens
     ) -> tuple[Tensor, Tensor]:
         codec = self._codecs[layer]
         result = []
@@ -174,7 +191,8 @@ class PackCodec(TokenCodec):
             parts = []
             for group, heads in codec.group_heads():
                 part = getattr(group, kind)
-                codes, scale = part.encode(x[:, heads].flatten(1), visual)
-                parts.append(part.reconstruct(codes, scale, visual).unflatten(1, (-1, x.shape[-1])))
+                codes, scale = part.encode(x[:, heads].flatten(1), tokens.visual)
+                read = part.reconstruct(codes, scale, tokens.visual)
+                parts.append(read.unflatten(1, (-1, x.shape[-1])))
             result.append(torch.cat(parts, dim=1))
         return result[0], result[1]

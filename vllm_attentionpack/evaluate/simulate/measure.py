@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vllm_attentionpack.errors import UnsupportedModelError
 from vllm_attentionpack.evaluate.data import ChatItem, Item
-from vllm_attentionpack.evaluate.simulate.codec import CacheShape, DenseCodec, SimulatedCodec
+from vllm_attentionpack.evaluate.simulate.codec import (
+    CacheShape,
+    DenseCodec,
+    SimulatedCodec,
+    Tokens,
+)
 from vllm_attentionpack.evaluate.simulate.recording import Recorded, record, replay_context
 from vllm_attentionpack.evaluate.simulate.step import Observer, SimulatedStep
 
@@ -33,6 +38,7 @@ class Figures:
 
     Attributes:
         kl: nats per scored token.
+        kl_error: its standard error, items taken as independent.
         top1: share of scored tokens with the dense model's likeliest token.
         accuracy: share of answers that greedy decoding would give whole; None without answers.
         items: number of items.
@@ -40,6 +46,7 @@ class Figures:
     """
 
     kl: float
+    kl_error: float
     top1: float
     accuracy: float | None
     items: int
@@ -55,12 +62,20 @@ class Scores:
     right: np.ndarray
     tokens: np.ndarray
 
+    def mean_kl(self) -> float:
+        """Nats per token, the mean over items: long items do not count more than short ones."""
+        scored = self.tokens > 0
+        return float((self.kl[scored] / self.tokens[scored]).mean())
+
     def figures(self, items: Sequence[Item], chosen: Sequence[int]) -> Figures:
         index = np.asarray(chosen)
         tokens = int(self.tokens[index].sum())
         asked = [i for i in chosen if _has_answer(items[i])]
+        kl = float(self.kl[index].sum() / tokens)
+        deviation = self.kl[index] - kl * self.tokens[index]
         return Figures(
-            kl=float(self.kl[index].sum() / tokens),
+            kl=kl,
+            kl_error=float(np.sqrt((deviation**2).sum()) / tokens),
             top1=float(self.same[index].sum() / tokens),
             accuracy=float(self.right[asked].mean()) if asked else None,
             items=len(index),
@@ -79,18 +94,26 @@ class Simulator:
         llm: from `calibrate.engine.statistics_engine`; must outlive this object.
         shape: the layers to compare.
         items: what to measure on.
+        max_tokens: leave out items beyond this many tokens; the first prompt always counts.
 
     Raises:
         UnsupportedModelError: the replay does not give what the engine gave.
         CalibrationDataError: an item that the engine refuses.
     """
 
-    def __init__(self, llm: "LLM", shape: CacheShape, items: Sequence[Item]) -> None:
+    def __init__(
+        self,
+        llm: "LLM",
+        shape: CacheShape,
+        items: Sequence[Item],
+        max_tokens: int | None = None,
+    ) -> None:
         self.shape = shape
         self.items = items
         self._config: Any = llm.llm_engine.vllm_config
         (self._model,) = llm.apply_model(lambda model: model)
-        self.recorded = record(llm, items)
+        self.recorded = record(llm, items, max_tokens)
+        self.device = self.recorded[0].positions.device
         self._layers = {name: i for i, name in enumerate(shape.layer_names)}
         self._dense = self._hidden(DenseCodec(shape))
         self._check_replay()
@@ -142,8 +165,12 @@ class Simulator:
         self, batch: Sequence[Recorded], codec: SimulatedCodec, observer: Observer | None
     ) -> list[Tensor]:
         lengths = [prompt.length for prompt in batch]
-        visual = torch.cat([prompt.visual for prompt in batch])
-        step = SimulatedStep(lengths, visual, codec, self._layers, observer)
+        tokens = Tokens(
+            lengths,
+            torch.cat([prompt.visual for prompt in batch]),
+            torch.cat([prompt.temporal_positions for prompt in batch]),
+        )
+        step = SimulatedStep(tokens, codec, self._layers, observer)
         inputs = {
             name: _joined([getattr(prompt, name) for prompt in batch], dim)
             for name, dim in (("input_ids", 0), ("inputs_embeds", 0), ("positions", -1))
@@ -185,7 +212,9 @@ class Simulator:
                 )
 
 
-def grouped(items: Sequence[Item], keys: Sequence[str] = ("modality", "kind")) -> dict[str, list[int]]:
+def grouped(
+    items: Sequence[Item], keys: Sequence[str] = ("modality", "kind")
+) -> dict[str, list[int]]:
     """Indices of the items by the values of their extra keys, as `key=value`."""
     groups: defaultdict[str, list[int]] = defaultdict(list)
     for key in keys:
@@ -201,6 +230,6 @@ def _joined(parts: Sequence[Tensor | None], dim: int) -> Tensor | None:
 
 
 @torch.inference_mode()
-def _log_probabilities(model: nn.Module, hidden: Tensor) -> Tensor:
-    logits: Any = model.compute_logits(hidden)
+def _log_probabilities(model: Any, hidden: Tensor) -> Tensor:
+    logits = model.compute_logits(hidden)
     return logits.float().log_softmax(-1)

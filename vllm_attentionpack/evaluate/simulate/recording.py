@@ -49,22 +49,35 @@ class Recorded:
         return self.positions[0] if self.positions.ndim == 2 else self.positions
 
 
-def record(llm: "LLM", items: Sequence[Item]) -> list[Recorded]:
+def record(llm: "LLM", items: Sequence[Item], max_tokens: int | None = None) -> list[Recorded]:
     """Runs every prompt of the items alone, answers included.
 
     Args:
         llm: from `calibrate.engine.statistics_engine`.
-        items: chats and texts.
+        items: chats and texts; prompts with nothing to score are left out.
+        max_tokens: stop before the prompt that would exceed this many, the first one excepted.
 
     Raises:
-        CalibrationDataError: an item that the engine refuses, with its line number.
+        CalibrationDataError: nothing to score, or an item that the engine refuses, with its line
+            number.
         UnsupportedModelError: the decoder takes something that is not recorded.
     """
     renderer = PromptRenderer(llm)
-    recorded = []
+    recorded: list[Recorded] = []
+    tokens = 0
     for owner, item in enumerate(items):
         for prompt in renderer.render(item):
-            recorded.append(_record_one(llm, owner, prompt))
+            if not prompt.num_scored_tokens:
+                continue
+            found = _record_one(llm, owner, prompt)
+            tokens += found.length
+            if recorded and max_tokens is not None and tokens > max_tokens:
+                return recorded
+            recorded.append(found)
+    if not recorded:
+        raise CalibrationDataError(
+            "none of the items has an answer or a text to score. Give texts, or chats with answers."
+        )
     return recorded
 
 
@@ -125,12 +138,11 @@ class _Tape:
 
     def joined(self) -> dict[str, Any]:
         """The chunks of the prompt as one."""
-        return {
-            name: None
-            if self._chunks[0][name] is None
-            else torch.cat([chunk[name] for chunk in self._chunks], dim=-1 if name == "positions" else 0)
-            for name in self._chunks[0]
-        }
+        result: dict[str, Tensor | None] = {}
+        for name in self._chunks[0]:
+            parts = [part for part in (chunk[name] for chunk in self._chunks) if part is not None]
+            result[name] = torch.cat(parts, dim=-1 if name == "positions" else 0) if parts else None
+        return result
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Attention of one replayed step: every query reads what the codec gives back."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from vllm_attentionpack.evaluate.simulate.codec import ExactTokens, SimulatedCodec
+from vllm_attentionpack.evaluate.simulate.codec import ExactTokens, SimulatedCodec, Tokens
 
 #: Bytes of float32 logits that one block of queries may take.
 _LOGIT_BYTES = 1 << 27
@@ -22,15 +22,13 @@ class SimulatedStep:
     """Stands in for a backend's metadata: whole requests, one after the other, no cache.
 
     Attributes:
-        lengths: tokens of each request.
-        visual: bool `[T]`.
+        tokens: of the step.
         codec: what keys and values are stored as.
         layers: index of each compared layer by vLLM's name; others are attended exactly.
         observer: shown what the compared layers are given; None for nobody.
     """
 
-    lengths: Sequence[int]
-    visual: Tensor
+    tokens: Tokens
     codec: SimulatedCodec
     layers: Mapping[str, int]
     observer: Observer | None = None
@@ -46,14 +44,12 @@ class SimulatedStep:
                 self.observer(index, query, key, value)
             exact = self.codec.exact
             read_key, read_value = self.codec.reconstruct(
-                index, exact_key, exact_value, self.visual, self.lengths
+                index, exact_key, exact_value, self.tokens
             )
             if self.codec.full_share < 1:
-                coarse = self.codec.coarse_value(
-                    index, exact_value, self.visual, self.lengths
-                )
+                coarse = self.codec.coarse_value(index, exact_value, self.tokens)
         start = 0
-        for length in self.lengths:
+        for length in self.tokens.lengths:
             rows = slice(start, start + length)
             start += length
             q = query[rows].float()
