@@ -1,9 +1,10 @@
 """One engine, its statistics and its held-out items: what all measurements share."""
 
 import json
+import random
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,13 +19,20 @@ from vllm_attentionpack.calibrate.layers import output_gram
 from vllm_attentionpack.calibrate.sensitivity import measure_sensitivity, predicted_kl
 from vllm_attentionpack.codec.layout import Kind
 from vllm_attentionpack.evaluate.data import Dataset, Item, read_dataset
-from vllm_attentionpack.evaluate.simulate.codec import CacheShape, SimulatedCodec
+from vllm_attentionpack.evaluate.simulate.codec import (
+    CacheShape,
+    PackCodec,
+    SimulatedCodec,
+    TokenCodec,
+)
 from vllm_attentionpack.evaluate.simulate.measure import Scores, Simulator, grouped
 from vllm_attentionpack.report.machine import describe_machine
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "reference-vlm"
 SENSITIVITY_TOKENS = 8192
 REGULARIZATION = 1e-2
+
+MakeCodec = Callable[[Assembled], TokenCodec]
 
 
 def drawn_items(folder: Path) -> tuple[Item, ...]:
@@ -204,16 +212,32 @@ class Setting:
         statistics = self.statistics(group_size, max_context, modalities or self.modalities)
         return self.priced(Assembler(statistics, group_size, REGULARIZATION))
 
-    def priced(self, assembler: Assembler) -> Fitted:
-        """With sensitivities measured on calibration prompts."""
+    @property
+    def sensitivity_simulator(self) -> Simulator:
+        """On the calibration prompts that sensitivities are measured on."""
         if self._sensitivity is None:
-            import random
-
             items = list(self.dataset.items)
             random.Random(0).shuffle(items)
             self._sensitivity = Simulator(self.llm, self.shape, items, SENSITIVITY_TOKENS)
-        found = measure_sensitivity(self._sensitivity, assembler, assembler.at(8.0), lambda _: None)
-        return Fitted(assembler, found)
+        return self._sensitivity
+
+    def priced(self, assembler: Assembler, make: MakeCodec | None = None) -> Fitted:
+        """With sensitivities measured on calibration prompts, as `attentionpack calibrate` does."""
+        return self.priced_at(assembler, Fitted(assembler, None), make)
+
+    def priced_at(
+        self, assembler: Assembler, start: Fitted, make: MakeCodec | None = None
+    ) -> Fitted:
+        """The same, from the errors of the pack of `start`."""
+        assembled = start.at(8.0)
+        simulator = self.sensitivity_simulator
+        codec = (
+            PackCodec(self.shape, assembled.codecs(simulator.device))
+            if make is None
+            else make(assembled)
+        )
+        distortion = assembler.distortion(assembled)
+        return Fitted(assembler, measure_sensitivity(simulator, codec, distortion, lambda _: None))
 
 
 def store(path: Path, setting: Setting, table: Table, options: Mapping[str, Any]) -> None:
@@ -233,8 +257,8 @@ def store(path: Path, setting: Setting, table: Table, options: Mapping[str, Any]
         },
         "options": {key: str(value) for key, value in options.items() if key != "out"},
         "note": (
-            "Held-out items, every token read from codes, teacher-forced. Bytes count scales, bases, "
-            "windows and padding, averaged over the items' tokens."
+            "Held-out items, teacher-forced, every token read from codes. Bytes count scales, "
+            "bases, windows and padding, averaged over the items' tokens."
         ),
         "dense": table.dense,
         "rows": table.rows,

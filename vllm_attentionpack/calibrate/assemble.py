@@ -153,14 +153,15 @@ class Assembler:
             len(layers), groups * heads_per_group, layers[0].head_size, heads_per_group
         )
         self.bases = [layer_bases(layer, heads_per_group, regularization) for layer in layers]
+        self.output_energies = [output_energy(layer) for layer in layers]
         #: Of each layer, key and value of each group in turn; in units of the layer's own output.
         self._curves: list[list[UnitCurve]] = [
             [
-                unit_curve(group[kind].spectrum.numpy() / output_energy(layer))
+                unit_curve(group[kind].spectrum.numpy() / energy)
                 for group in of_layer
                 for kind in KINDS
             ]
-            for layer, of_layer in zip(layers, self.bases, strict=True)
+            for energy, of_layer in zip(self.output_energies, self.bases, strict=True)
         ]
 
     def at(

@@ -14,7 +14,7 @@ from vllm_attentionpack.calibrate.engine import Progress, feed, statistics_engin
 from vllm_attentionpack.calibrate.settings import CalibrateSettings, make_settings
 from vllm_attentionpack.errors import CalibrationDataError
 from vllm_attentionpack.evaluate.data import Dataset, Item, read_dataset
-from vllm_attentionpack.evaluate.simulate.codec import CacheShape
+from vllm_attentionpack.evaluate.simulate.codec import CacheShape, PackCodec
 from vllm_attentionpack.packfile import Pack, PackHeader, Provenance, save_pack
 from vllm_attentionpack.packfile.schema import FORMAT_VERSION, Fingerprint
 
@@ -131,10 +131,11 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
         simulator = Simulator(llm, shape, items, settings.sensitivity_tokens)
         start = settings.ratio if settings.ratio != "auto" else _SENSITIVITY_RATIO
         with _progress_bar("measuring sensitivity") as progress:
+            assembled = assembler.at(start, settings.layer_weights)
             sensitivity = measure_sensitivity(
                 simulator,
-                assembler,
-                assembler.at(start, settings.layer_weights),
+                PackCodec(shape, assembled.codecs(simulator.device)),
+                assembler.distortion(assembled),
                 lambda fraction: progress(fraction, simulator.tokens),
             )
 

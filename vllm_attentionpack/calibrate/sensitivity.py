@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from vllm_attentionpack.codec.layout import KINDS, Kind
-from vllm_attentionpack.evaluate.simulate.codec import PackCodec, TokenCodec, Tokens
+from vllm_attentionpack.evaluate.simulate.codec import TokenCodec, Tokens
 
 if TYPE_CHECKING:
-    from vllm_attentionpack.calibrate.assemble import Assembled, Assembler
     from vllm_attentionpack.evaluate.simulate.measure import Simulator
 
 #: A part without a measurable effect still gets this fraction of the mean divergence, so that it
@@ -29,7 +28,7 @@ Part = tuple[int, Kind]
 class PartCodec(TokenCodec):
     """A codec in some layers' keys or values; the rest is exact."""
 
-    def __init__(self, codec: PackCodec, parts: set[Part]) -> None:
+    def __init__(self, codec: TokenCodec, parts: set[Part]) -> None:
         super().__init__(codec.shape, codec.bytes_per_token, codec.exact)
         self._codec, self._parts = codec, parts
 
@@ -45,20 +44,18 @@ class PartCodec(TokenCodec):
 
 def measure_sensitivity(
     simulator: "Simulator",
-    assembler: "Assembler",
-    assembled: "Assembled",
+    codec: TokenCodec,
+    distortion: Mapping[Part, float],
     progress: Callable[[float], None],
 ) -> Mapping[Part, float]:
-    """Nats per token for each unit of relative distortion, by layer and K or V.
+    """Nats per token for each unit of distortion, by layer and K or V.
 
     Args:
         simulator: on calibration prompts.
-        assembler: of `assembled`.
-        assembled: a pack whose errors are injected, part by part.
+        codec: whose errors are injected, part by part.
+        distortion: what the statistics foretell of each part of it (`Assembler.distortion`).
         progress: told the fraction done after each part.
     """
-    codec = PackCodec(simulator.shape, assembled.codecs(simulator.device))
-    distortion = assembler.distortion(assembled)
     loss: dict[Part, float] = {}
     for part in distortion:
         loss[part] = simulator.measure(PartCodec(codec, {part})).mean_kl()
