@@ -38,6 +38,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=EXAMPLE / "model")
     parser.add_argument("--data", type=Path, default=EXAMPLE / "calibrate.jsonl")
     parser.add_argument("--heldout", type=Path, default=EXAMPLE / "heldout.jsonl")
+    parser.add_argument("--heldout-tokens", type=int, help="use whole items up to so many")
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--max-context", type=int, default=512)
     parser.add_argument("--ratio", type=float, default=8.0)
@@ -45,7 +46,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     options = parser.parse_args()
     with Setting.start(options.model, options.data, options.max_model_len) as setting:
-        table = setting.table(setting.items(options.heldout))
+        table = setting.table(setting.items(options.heldout), options.heldout_tokens)
         study = Study(setting, table, options.ratio, options.max_context)
         study.add("base", "base", study.base_codec)
         path = options.out / f"{options.name}_calibration.json"

@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=EXAMPLE / "calibrate.jsonl")
     parser.add_argument("--heldout", type=Path, default=EXAMPLE / "heldout.jsonl")
     parser.add_argument("--draw", action="store_true", help="instead of --heldout")
+    parser.add_argument("--heldout-tokens", type=int, help="use whole items up to so many")
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--max-context", type=int, default=512)
     parser.add_argument("--ratios", type=float, nargs="+", default=[4, 5, 6, 8, 10, 12, 16])
@@ -45,7 +46,7 @@ def main() -> int:
         Setting.start(options.model, options.data, options.max_model_len) as setting,
     ):
         items = drawn_items(Path(folder)) if options.draw else setting.items(options.heldout)
-        table = setting.table(items)
+        table = setting.table(items, options.heldout_tokens)
         captured = capture(Simulator(setting.llm, setting.shape, setting.dataset.items))
         coded_only_when_old = ExactTokens(options.sinks, options.recent, beside_codes=False)
         for name, codec in baselines(setting.shape, captured, coded_only_when_old).items():

@@ -324,7 +324,7 @@ def data(study: Study) -> None:
         "plain text only": [i for i in setting.dataset.items if isinstance(i, TextItem)],
     }
     for name, items in kinds.items():
-        if not items or len(items) == len(everything):
+        if not items or len(items) == len(setting.dataset.items):
             continue
         two = 2 if name == "image chats only" else 1
         statistics = setting.statistics(study.group_size, study.max_context, two, items)

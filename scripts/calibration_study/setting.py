@@ -77,7 +77,11 @@ class Table:
         self.items = items
         self.device = simulator.device
         self.rows: list[dict[str, Any]] = []
-        self._groups = _shown_groups(items)
+        recorded = {prompt.owner for prompt in simulator.recorded}
+        self._groups = {
+            name: [i for i in chosen if i in recorded]
+            for name, chosen in _shown_groups(items).items()
+        }
         self.dense = self._figures(simulator.dense())
 
     def add(self, family: str, name: str, codec: SimulatedCodec, **facts: Any) -> dict[str, Any]:
@@ -94,6 +98,8 @@ class Table:
             "groups": self._figures(scores),
             **facts,
         }
+        for name, chosen in self._groups.items():
+            row["groups"][name]["bytes_per_token"] = self.simulator.bytes_per_token(codec, chosen)
         self.rows.append(row)
         cells = row["groups"].values()
         print(
@@ -166,8 +172,8 @@ class Setting:
     def items(self, path: Path) -> tuple[Item, ...]:
         return read_dataset(path).items
 
-    def table(self, items: Sequence[Item]) -> Table:
-        return Table(Simulator(self.llm, self.shape, items), items)
+    def table(self, items: Sequence[Item], max_tokens: int | None = None) -> Table:
+        return Table(Simulator(self.llm, self.shape, items, max_tokens), items)
 
     def statistics(
         self,

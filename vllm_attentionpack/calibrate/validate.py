@@ -84,7 +84,7 @@ class Validator:
         scores = simulator.measure(PackCodec.of(simulator.shape, pack, simulator.device))
         figures = scores.figures(self._items, range(len(self._items)))
         validation = Validation(
-            kl=figures.kl,
+            kl=scores.mean_kl(),
             predicted_kl=candidate.predicted_kl,
             top1_agreement=figures.top1,
             max_kl=self._max_kl,
@@ -93,7 +93,7 @@ class Validator:
         logger.info(
             "%.2fx loses %.4f nats per token on %d held-out tokens (at most %g).",
             pack.header.compression_ratio,
-            figures.kl,
+            validation.kl,
             figures.tokens,
             self._max_kl,
         )

@@ -60,7 +60,8 @@ class Validation(_Frozen):
     """What a pack lost on data that its statistics had not seen; informative, never checked.
 
     Attributes:
-        kl: nats per token against the dense cache, every token read from codes.
+        kl: nats per token against the dense cache, every token read from codes; the mean over
+            items, so that long texts do not count more than short answers.
         predicted_kl: what the statistics had foretold.
         top1_agreement: share of tokens with the same likeliest token.
         max_kl: what `kl` was allowed to be.

@@ -68,9 +68,10 @@ class Scores:
         return float((self.kl[scored] / self.tokens[scored]).mean())
 
     def figures(self, items: Sequence[Item], chosen: Sequence[int]) -> Figures:
-        index = np.asarray(chosen)
+        """The figures of the chosen items, those that were not scored left out."""
+        index = np.asarray([i for i in chosen if self.tokens[i] > 0], dtype=np.int64)
         tokens = int(self.tokens[index].sum())
-        asked = [i for i in chosen if _has_answer(items[i])]
+        asked = [i for i in index if _has_answer(items[i])]
         kl = float(self.kl[index].sum() / tokens)
         deviation = self.kl[index] - kl * self.tokens[index]
         return Figures(
@@ -126,10 +127,12 @@ class Simulator:
         """The same of the dense cache: accuracy, at no divergence."""
         return self._score(self._dense)
 
-    def bytes_per_token(self, codec: SimulatedCodec) -> float:
-        """Mean over all recorded tokens of the bytes that `codec` stores for them."""
-        total = sum(codec.request_bytes(r.length, int(r.visual.sum())) for r in self.recorded)
-        return total / self.tokens
+    def bytes_per_token(self, codec: SimulatedCodec, owners: Sequence[int] | None = None) -> float:
+        """Mean over all recorded tokens, or those of some items, of the bytes that are stored."""
+        chosen = None if owners is None else set(owners)
+        prompts = [r for r in self.recorded if chosen is None or r.owner in chosen]
+        total = sum(codec.request_bytes(r.length, int(r.visual.sum())) for r in prompts)
+        return total / sum(prompt.length for prompt in prompts)
 
     @property
     def tokens(self) -> int:
@@ -178,6 +181,14 @@ class Simulator:
         with replay_context(self._config, step, sum(lengths)):
             hidden = self._model(**inputs, intermediate_tensors=None)
         return list(hidden.split(lengths))
+
+    def target_logprobs(self, codec: SimulatedCodec) -> list[np.ndarray]:
+        """Of each recorded prompt the log-probabilities `[n]` of its scored tokens."""
+        result = []
+        for prompt, hidden in zip(self.recorded, self._hidden(codec), strict=True):
+            logprobs = _log_probabilities(self._model, hidden).double().cpu()
+            result.append(logprobs.gather(1, prompt.targets[:, None])[:, 0].numpy())
+        return result
 
     def _score(self, hidden: Sequence[Tensor]) -> Scores:
         sums = {name: np.zeros(len(self.items)) for name in ("kl", "same", "tokens")}
