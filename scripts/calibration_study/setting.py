@@ -98,8 +98,8 @@ class Table:
             "groups": self._figures(scores),
             **facts,
         }
-        for name, chosen in self._groups.items():
-            row["groups"][name]["bytes_per_token"] = self.simulator.bytes_per_token(codec, chosen)
+        for group, chosen in self._groups.items():
+            row["groups"][group]["bytes_per_token"] = self.simulator.bytes_per_token(codec, chosen)
         self.rows.append(row)
         cells = row["groups"].values()
         print(

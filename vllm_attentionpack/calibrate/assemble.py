@@ -16,8 +16,8 @@ Layers are compared by distortion over the energy of their own output,
 nor one that writes much fed for it.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -139,30 +139,39 @@ class Assembler:
     """The bases of all layers, from which packs of any ratio follow quickly.
 
     Args:
-        layers: in the order of the model.
+        layers: in the order of the model; taken one by one, so that the moments of one need not
+            stay when those of the next are averaged.
         heads_per_group: `G`, as the moments were gathered.
         regularization: see `codec.transform.principal_basis`.
     """
 
     def __init__(
-        self, layers: Sequence[LayerStatistics], heads_per_group: int, regularization: float
+        self, layers: Iterable[LayerStatistics], heads_per_group: int, regularization: float
     ) -> None:
-        groups = layers[0].moments.key.mean.shape[1]
-        self.names = [layer.name for layer in layers]
-        self.budget = Budget(
-            len(layers), groups * heads_per_group, layers[0].head_size, heads_per_group
-        )
-        self.bases = [layer_bases(layer, heads_per_group, regularization) for layer in layers]
-        self.output_energies = [output_energy(layer) for layer in layers]
+        self.names: list[str] = []
+        self.bases: list[list[dict[Kind, PrincipalBasis]]] = []
+        self.output_energies: list[float] = []
         #: Of each layer, key and value of each group in turn; in units of the layer's own output.
-        self._curves: list[list[UnitCurve]] = [
-            [
-                unit_curve(group[kind].spectrum.numpy() / energy)
-                for group in of_layer
-                for kind in KINDS
-            ]
-            for energy, of_layer in zip(self.output_energies, self.bases, strict=True)
-        ]
+        self._curves: list[list[UnitCurve]] = []
+        head_size = 0
+        for layer in layers:
+            bases, energy = (
+                layer_bases(layer, heads_per_group, regularization),
+                output_energy(layer),
+            )
+            self.names.append(layer.name)
+            self.bases.append(bases)
+            self.output_energies.append(energy)
+            self._curves.append(
+                [
+                    unit_curve(group[kind].spectrum.numpy() / energy)
+                    for group in bases
+                    for kind in KINDS
+                ]
+            )
+            head_size = layer.head_size
+        num_kv_heads = len(self.bases[0]) * heads_per_group
+        self.budget = Budget(len(self.names), num_kv_heads, head_size, heads_per_group)
 
     def at(
         self,
@@ -222,7 +231,7 @@ class Assembler:
 
 
 def assemble(
-    layers: Sequence[LayerStatistics],
+    layers: Iterable[LayerStatistics],
     *,
     ratio: float,
     heads_per_group: int,
@@ -245,16 +254,13 @@ def layer_bases(
         group: dict[Kind, PrincipalBasis] = {}
         for kind in KINDS:
             moments = getattr(layer.moments, kind)
-            basis = principal_basis(
+            group[kind] = principal_basis(
                 moments.second[:, g],
                 moments.mean[:, g],
                 layer.moments.count,
                 metrics[kind][heads],
                 regularization,
             )
-            # A pack stores float32; holding every basis of a large model twice as wide until ranks
-            # are known would double the peak of memory.
-            group[kind] = replace(basis, encode=basis.encode.float(), decode=basis.decode.float())
         result.append(group)
     return result
 
