@@ -2,8 +2,8 @@
 """Time and memory of calibrating an 8B-shaped model on synthetic activations; stored as JSON.
 
 Moments of all layers are gathered from random tokens, a few steps of which are enough to see the
-time of one; bases are made for a few layers and scaled. Minutes are of one processor core. The model's own forwards come on top: they
-are what serving the same tokens would take.
+time of one; bases are made for a few layers and scaled. Minutes are of one processor core. The
+model's own forwards come on top: they are what serving the same tokens would take.
 """
 
 import argparse
