@@ -39,13 +39,18 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=EXAMPLE / "calibrate.jsonl")
     parser.add_argument("--heldout", type=Path, default=EXAMPLE / "heldout.jsonl")
     parser.add_argument("--heldout-tokens", type=int, help="use whole items up to so many")
+    parser.add_argument("--calibration-tokens", type=int, help="stop gathering after so many")
+    parser.add_argument("--sensitivity-tokens", type=int, default=8192)
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--max-context", type=int, default=512)
     parser.add_argument("--ratio", type=float, default=8.0)
     parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     options = parser.parse_args()
-    with Setting.start(options.model, options.data, options.max_model_len) as setting:
+    with Setting.start(
+        options.model, options.data, options.max_model_len, options.calibration_tokens
+    ) as setting:
+        setting.sensitivity_tokens = options.sensitivity_tokens
         table = setting.table(setting.items(options.heldout), options.heldout_tokens)
         study = Study(setting, table, options.ratio, options.max_context)
         study.add("base", "base", study.base_codec)

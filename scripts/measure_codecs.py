@@ -22,6 +22,8 @@ from vllm_attentionpack.evaluate.simulate.measure import Simulator
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "reference-vlm"
+#: For the rotations of OSCAR.
+_CAPTURED_TOKENS = 16_384
 
 
 def main() -> int:
@@ -32,8 +34,11 @@ def main() -> int:
     parser.add_argument("--heldout", type=Path, default=EXAMPLE / "heldout.jsonl")
     parser.add_argument("--draw", action="store_true", help="instead of --heldout")
     parser.add_argument("--heldout-tokens", type=int, help="use whole items up to so many")
+    parser.add_argument("--calibration-tokens", type=int, help="stop gathering after so many")
+    parser.add_argument("--sensitivity-tokens", type=int, default=8192)
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--max-context", type=int, default=512)
+    parser.add_argument("--group-sizes", type=int, nargs="+", help="[default: all]")
     parser.add_argument("--ratios", type=float, nargs="+", default=[4, 5, 6, 8, 10, 12, 16])
     parser.add_argument("--exact-ratios", type=float, nargs="+", default=[8, 10, 12, 16])
     parser.add_argument("--sinks", type=int, default=4)
@@ -43,16 +48,21 @@ def main() -> int:
     exact = f"{options.sinks} + {options.recent} exact"
     with (
         tempfile.TemporaryDirectory() as folder,
-        Setting.start(options.model, options.data, options.max_model_len) as setting,
+        Setting.start(
+            options.model, options.data, options.max_model_len, options.calibration_tokens
+        ) as setting,
     ):
+        setting.sensitivity_tokens = options.sensitivity_tokens
         items = drawn_items(Path(folder)) if options.draw else setting.items(options.heldout)
         table = setting.table(items, options.heldout_tokens)
-        captured = capture(Simulator(setting.llm, setting.shape, setting.dataset.items))
+        captured = capture(
+            Simulator(setting.llm, setting.shape, setting.dataset.items, _CAPTURED_TOKENS)
+        )
         coded_only_when_old = ExactTokens(options.sinks, options.recent, beside_codes=False)
         for name, codec in baselines(setting.shape, captured, coded_only_when_old).items():
             table.add(name.split()[0] if " " in name else name, name, codec)
         del captured
-        for group_size in setting.group_sizes:
+        for group_size in options.group_sizes or setting.group_sizes:
             fitted = setting.fitted(group_size, options.max_context)
             joint = group_size == max(setting.group_sizes)
             family = "ours" if joint else f"ours, {group_size} heads per group"

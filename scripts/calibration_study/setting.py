@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from vllm_attentionpack.calibrate.assemble import Assembled, Assembler, LayerSta
 from vllm_attentionpack.calibrate.collector import Collector
 from vllm_attentionpack.calibrate.engine import feed, statistics_engine
 from vllm_attentionpack.calibrate.layers import output_gram
+from vllm_attentionpack.calibrate.moments import GroupMoments
 from vllm_attentionpack.calibrate.sensitivity import measure_sensitivity, predicted_kl
 from vllm_attentionpack.codec.layout import Kind
 from vllm_attentionpack.evaluate.data import Dataset, Item, read_dataset
@@ -137,18 +138,24 @@ class Setting:
         llm: vLLM's.
         dataset: the calibration data.
         shape: of the cache.
+        calibration_tokens: stop gathering after so many; None for all data.
+        sensitivity_tokens: that sensitivities are measured on.
     """
 
     llm: Any
     dataset: Dataset
     shape: CacheShape
     engine: dict[str, Any]
-    _collectors: dict[int, Collector] = field(default_factory=dict)
+    calibration_tokens: int | None = None
+    sensitivity_tokens: int = SENSITIVITY_TOKENS
+    _collector: Collector | None = None
     _sensitivity: Simulator | None = None
 
     @classmethod
     @contextmanager
-    def start(cls, model: Path, data: Path, max_model_len: int) -> "Iterator[Setting]":
+    def start(
+        cls, model: Path, data: Path, max_model_len: int, calibration_tokens: int | None = None
+    ) -> "Iterator[Setting]":
         """Starts the engine in float32 (`measure_codecs` says why)."""
         engine = {"dtype": "float32", "max_model_len": max_model_len}
         with statistics_engine(str(model), 0, engine) as llm:
@@ -161,7 +168,9 @@ class Setting:
                 layers[0].num_kv_heads,
                 layers[0].head_size,
             )
-            yield cls(llm, read_dataset(data), shape, engine | {"model": model.name})
+            yield cls(
+                llm, read_dataset(data), shape, engine | {"model": model.name}, calibration_tokens
+            )
 
     @property
     def group_sizes(self) -> list[int]:
@@ -184,27 +193,36 @@ class Setting:
         max_tokens: int | None = None,
     ) -> list[LayerStatistics]:
         """What `attentionpack calibrate` would gather."""
+        whole = self.shape.num_kv_heads
         plain = items is None and max_tokens is None
-        collector = self._collectors.get(group_size) if plain else None
+        collector = self._collector if plain else None
         if collector is None:
-            (collector,) = self.llm.apply_model(lambda m: Collector.install(m, group_size))
-            dataset = (
-                self.dataset
-                if items is None
-                else Dataset(self.dataset.path, tuple(items), self.dataset.file_sha256)
+            (collector,) = self.llm.apply_model(lambda m: Collector.install(m, whole))
+            chosen = self.dataset.items if items is None else tuple(items)
+            taken, limit = collector, max_tokens or self.calibration_tokens
+            feed(
+                self.llm,
+                replace(self.dataset, items=chosen),
+                lambda: taken.tokens,
+                limit,
+                0,
+                lambda *_: None,
             )
-            taken = collector
-            feed(self.llm, dataset, lambda: taken.tokens, max_tokens, 0, lambda *_: None)
             collector.remove()
             if plain:
-                self._collectors[group_size] = collector
+                self._collector = collector
         result = []
         for recorder in collector.recorders:
             assert recorder.moments is not None
             moments = recorder.moments.finalize(max_context, modalities)
             gram = output_gram(recorder.site, torch.float32)
-            scale = recorder.layer.impl.scale
-            result.append(LayerStatistics(recorder.layer.layer_name, scale, moments, gram))
+            layer = recorder.layer
+            split = replace(
+                moments,
+                key=_split(moments.key, group_size * layer.head_size),
+                value=_split(moments.value, group_size * layer.head_size),
+            )
+            result.append(LayerStatistics(layer.layer_name, layer.impl.scale, split, gram))
         return result
 
     @property
@@ -224,7 +242,7 @@ class Setting:
         if self._sensitivity is None:
             items = list(self.dataset.items)
             random.Random(0).shuffle(items)
-            self._sensitivity = Simulator(self.llm, self.shape, items, SENSITIVITY_TOKENS)
+            self._sensitivity = Simulator(self.llm, self.shape, items, self.sensitivity_tokens)
         return self._sensitivity
 
     def priced(self, assembler: Assembler, make: MakeCodec | None = None) -> Fitted:
@@ -244,6 +262,13 @@ class Setting:
         )
         distortion = assembler.distortion(assembled)
         return Fitted(assembler, measure_sensitivity(simulator, codec, distortion, lambda _: None))
+
+
+def _split(moments: GroupMoments, dims: int) -> GroupMoments:
+    """Of one group of all heads the groups of `dims` dims, by leaving out what lies between."""
+    blocks = moments.second[:, 0].unflatten(2, (-1, dims)).unflatten(1, (-1, dims))
+    own = blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    return GroupMoments(own, moments.mean[:, 0].unflatten(1, (-1, dims)))
 
 
 def store(path: Path, setting: Setting, table: Table, options: Mapping[str, Any]) -> None:
