@@ -126,8 +126,8 @@ def test_the_command_marks_a_pack_that_loses_too_much(tmp_path: Path) -> None:
     found = read_header(path).validation
     assert found is not None and not found.passed and found.max_kl == 0.0001
     assert found.predicted_kl is not None
-    # what is foretold from calibration prompts is of the order of what is measured on others
-    assert found.kl / 4 < found.predicted_kl < found.kl * 4
+    # foretold from calibration prompts and as if errors acted one by one: an order of magnitude
+    assert found.kl / 10 < found.predicted_kl < found.kl * 10
     shown = subprocess.run(
         [sys.executable, "-m", "vllm_attentionpack.cli", "inspect", str(path)],
         capture_output=True,
