@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from vllm_attentionpack.calibrate.moments import LayerMoments
-from vllm_attentionpack.codec.allocate import UnitCurve, allocate, unit_curve
+from vllm_attentionpack.codec.allocate import MAX_PAGE_SIZE_CLASSES, UnitCurve, allocate, unit_curve
 from vllm_attentionpack.codec.codec import Basis, LayerCodec
 from vllm_attentionpack.codec.layout import (
     DENSE_BYTES,
@@ -178,6 +178,7 @@ class Assembler:
         ratio: float,
         layer_weights: Sequence[float] | None = None,
         sensitivity: Mapping[tuple[int, Kind], float] | None = None,
+        max_page_sizes: int = MAX_PAGE_SIZE_CLASSES,
     ) -> Assembled:
         """Chooses ranks and bits.
 
@@ -187,6 +188,7 @@ class Assembler:
             layer_weights: the price of each layer's relative distortion; all alike by default.
             sensitivity: the price of each layer's keys and values, as measured; multiplies the
                 layer's weight. All alike by default.
+            max_page_sizes: see `codec.allocate.allocate`.
 
         Raises:
             BudgetError: the ratio cannot be met.
@@ -210,7 +212,7 @@ class Assembler:
                 for i, units in enumerate(curves)
             ]
         fixed = [self.budget.fixed_bytes] * num_layers
-        chosen = allocate(curves, weights, bytes_per_token, fixed)
+        chosen = allocate(curves, weights, bytes_per_token, fixed, max_page_sizes)
         headers, packs = [], []
         for name, of_layer, (counts, size) in zip(self.names, self.bases, chosen, strict=True):
             header, pack = _layer(name, of_layer, counts, size)
@@ -237,9 +239,11 @@ def assemble(
     heads_per_group: int,
     regularization: float,
     layer_weights: Sequence[float] | None = None,
+    max_page_sizes: int = MAX_PAGE_SIZE_CLASSES,
 ) -> tuple[tuple[LayerHeader, ...], list[LayerPack]]:
     """Chooses bases, ranks and bits of one pack; see `Assembler`."""
-    assembled = Assembler(layers, heads_per_group, regularization).at(ratio, layer_weights)
+    assembler = Assembler(layers, heads_per_group, regularization)
+    assembled = assembler.at(ratio, layer_weights, max_page_sizes=max_page_sizes)
     return assembled.headers, assembled.packs
 
 

@@ -80,6 +80,7 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
     from vllm_attentionpack.calibrate.collector import Collector
     from vllm_attentionpack.calibrate.sensitivity import measure_sensitivity, predicted_kl
     from vllm_attentionpack.calibrate.validate import Candidate, Validator, split_items
+    from vllm_attentionpack.codec.allocate import MAX_PAGE_SIZE_CLASSES
     from vllm_attentionpack.evaluate.simulate.measure import Simulator
 
     fitted: tuple[Item, ...] = dataset.items
@@ -125,6 +126,8 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
         settings.regularization,
     )
 
+    # one size of pages for all layers: beside them stand those of the exact tokens
+    max_page_sizes = 1 if settings.sinks or settings.window else MAX_PAGE_SIZE_CLASSES
     sensitivity = None
     if settings.sensitivity == "measured":
         items = _drawn(fitted, settings.seed)
@@ -140,7 +143,7 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
             )
 
     def candidate(ratio: float) -> Candidate:
-        assembled = assembler.at(ratio, settings.layer_weights, sensitivity)
+        assembled = assembler.at(ratio, settings.layer_weights, sensitivity, max_page_sizes)
         header = PackHeader(
             format_version=FORMAT_VERSION,
             fingerprint=found,
@@ -149,6 +152,8 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
             num_modalities=modalities,
             ratio=ratio,
             max_context=max_context,
+            sinks=settings.sinks,
+            window=settings.window,
             layers=assembled.headers,
         )
         foretold = None

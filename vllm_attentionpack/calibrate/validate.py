@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from vllm_attentionpack.calibrate.assemble import Budget
 from vllm_attentionpack.errors import CalibrationDataError
 from vllm_attentionpack.evaluate.data import ChatItem, Dataset, Item
-from vllm_attentionpack.evaluate.simulate.codec import CacheShape, PackCodec
+from vllm_attentionpack.evaluate.simulate.codec import CacheShape, ExactTokens, PackCodec
 from vllm_attentionpack.evaluate.simulate.measure import Simulator
 from vllm_attentionpack.packfile.schema import Pack, Validation
 
@@ -79,9 +79,10 @@ class Validator:
         self._max_kl = max_kl
 
     def marked(self, candidate: Candidate) -> Pack:
-        """The pack with its measured loss in the header."""
+        """The pack with its measured loss in the header, advised exact tokens being exact."""
         pack, simulator = candidate.pack, self._simulator
-        scores = simulator.measure(PackCodec.of(simulator.shape, pack, simulator.device))
+        exact = ExactTokens(pack.header.sinks, pack.header.window)
+        scores = simulator.measure(PackCodec.of(simulator.shape, pack, simulator.device, exact))
         figures = scores.figures(self._items, range(len(self._items)))
         validation = Validation(
             kl=scores.mean_kl(),

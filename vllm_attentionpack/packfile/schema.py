@@ -124,6 +124,8 @@ class PackHeader(_Frozen):
         ratio: the compression ratio that was asked for.
         max_context: positions over which the rotated statistics were averaged; contexts beyond
             it are served with a warning.
+        sinks: tokens at the start of a request that are best kept exact (advice to the server).
+        window: tokens at its end likewise, the newest included.
         layers: in the order of the model.
         validation: None where it was not asked for.
     """
@@ -135,6 +137,8 @@ class PackHeader(_Frozen):
     num_modalities: Annotated[int, Field(ge=1, le=2)]
     ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     max_context: PositiveInt
+    sinks: Count = 0
+    window: Count = 0
     layers: tuple[LayerHeader, ...]
     validation: Validation | None = None
 
