@@ -22,6 +22,7 @@ QUESTIONS: dict[str, Callable[[Study], None]] = {
     "modalities": questions.modalities,
     "metrics": questions.metrics,
     "sensitivity": questions.sensitivity,
+    "key_price": questions.key_price,
     "bits": questions.bits,
     "scales": questions.scales,
     "rotation": questions.rotation,
@@ -54,7 +55,8 @@ def main() -> int:
         table = setting.table(setting.items(options.heldout), options.heldout_tokens)
         study = Study(setting, table, options.ratio, options.max_context)
         study.add("base", "base", study.base_codec)
-        path = options.out / f"{options.name}_calibration.json"
+        suffix = "" if set(options.only) == set(QUESTIONS) else "_" + "_".join(options.only)
+        path = options.out / f"{options.name}_calibration{suffix}.json"
         for name in options.only:
             QUESTIONS[name](study)
             store(path, setting, table, vars(options))  # what is done outlives an interruption

@@ -12,7 +12,7 @@ from calibration_study import codecs
 from calibration_study.refine import refined
 from calibration_study.setting import REGULARIZATION, Fitted, Setting, Table
 from calibration_study.variants import Format, VariantCodec
-from vllm_attentionpack.calibrate.assemble import Assembler, LayerStatistics
+from vllm_attentionpack.calibrate.assemble import KEY_PRICE, Assembler, LayerStatistics
 from vllm_attentionpack.calibrate.collector import Collector
 from vllm_attentionpack.calibrate.moments import LayerMoments, MomentAccumulator
 from vllm_attentionpack.calibrate.rotary import rotary_of
@@ -167,6 +167,18 @@ def sensitivity(study: Study) -> None:
     )
     again = study.setting.priced_at(assembler, base)
     study.add("sensitivity", "measured twice", study.codec(again))
+
+
+def key_price(study: Study) -> None:
+    """4b. The price of a key error where sensitivities are not measured, on calibration prompts."""
+    assembler = study.base.assembler
+    for price in (1.0, 0.5, 0.3, 0.15, 0.1, 0.05):
+        # the constant multiplies every key's distortion, so this is the same as changing it
+        factors = {"key": price / KEY_PRICE, "value": 1.0}
+        prices = {(i, kind): factors[kind] for i in range(len(assembler.names)) for kind in KINDS}
+        codec = study.codec(Fitted(assembler, prices))
+        fitted_on = study.setting.sensitivity_simulator.measure(codec).mean_kl()
+        study.add("key_price", f"{price:g}", codec, calibration_kl=fitted_on)
 
 
 def _noise_sensitivity(study: Study) -> Mapping[tuple[int, Kind], float]:
