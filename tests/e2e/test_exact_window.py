@@ -8,6 +8,8 @@ from tests.support.outputs import agreement, token_ids
 from tests.support.reference import MODEL, dialogues
 from vllm_attentionpack.calibrate.settings import DEFAULT_SINKS, DEFAULT_WINDOW
 from vllm_attentionpack.kv_cache.exact import ExactWindowSpec
+from vllm_attentionpack.kv_cache.pages import exact_blocks, page_geometry
+from vllm_attentionpack.packfile import read_header
 
 pytestmark = pytest.mark.engine
 
@@ -127,20 +129,14 @@ def test_whatever_the_scheduler_does(engines, calibrated, prompts, long_answer):
 def test_preempted_requests(engines, calibrated, dense, prompts, long_answer):
     """Two requests fit until they grow; one is then thrown out and computed again."""
     longest = max(len(output.prompt_token_ids) for output in dense.outputs)
-    spec = ExactWindowSpec(
-        block_size=BLOCK // 8,
-        num_kv_heads=2,
-        head_size=64,
-        dtype=torch.float32,
-        sinks=DEFAULT_SINKS,
-        window=DEFAULT_WINDOW,
-        margin=2,
-    )
+    stored = read_header(calibrated.windowed).layers[0].bytes_per_token
+    pages = page_geometry(stored, 2 * 2 * 64 * torch.float32.itemsize, BLOCK)
+    exact = exact_blocks(pages.exact_block_size, DEFAULT_SINKS, DEFAULT_WINDOW)
     engine = engines.get(
         MODEL,
         block_size=BLOCK,
         dtype="float32",
-        num_gpu_blocks_override=2 * (-(-longest // BLOCK) + spec.max_blocks_per_request) + 2,
+        num_gpu_blocks_override=2 * (-(-longest // BLOCK) + exact) + 2,
         max_num_seqs=4,
         max_model_len=longest + long_answer.max_tokens,
         **compacted(calibrated.windowed),
