@@ -1,5 +1,6 @@
 """Packs of several ratios from one gathering of statistics, which is what takes the time."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,21 +25,25 @@ class Wanted:
 
 def calibrate_at(model: str, data: Any, wanted: Sequence[Wanted], **options: Any) -> list[Pack]:
     """The packs that `calibrate` would make with `options`."""
-    call: dict[str, Any] = {}
-    assemble = assembling.assemble
+    made: list[tuple[assembling.Assembler, dict[str, Any]]] = []
+    at = assembling.Assembler.at
+    signature = inspect.signature(at)
 
-    def keep(layers: Any, **arguments: Any) -> Any:
-        call.update(arguments, layers=layers)
-        return assemble(layers, **arguments)
+    def keep(self: Any, ratio: float, *arguments: Any, **named: Any) -> Any:
+        made.append((self, signature.bind(self, ratio, *arguments, **named).arguments))
+        return at(self, ratio, *arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assembling, "assemble", keep)
+        patch.setattr(assembling.Assembler, "at", keep)
         packs = [calibrate(model, data, **asdict(wanted[0]), **options)]
+    assembler, arguments = made[-1]
     for other in wanted[1:]:
         sizes = 1 if other.sinks or other.window else MAX_PAGE_SIZE_CLASSES
-        headers, layers = assemble(**{**call, "ratio": other.ratio, "max_page_sizes": sizes})
-        header = packs[0].header.model_copy(update={**asdict(other), "layers": headers})
-        packs.append(Pack(PackHeader.model_validate(header.model_dump()), layers))
+        changed = {**arguments, "ratio": other.ratio, "max_page_sizes": sizes}
+        del changed["self"]
+        assembled = assembler.at(**changed)
+        header = packs[0].header.model_copy(update={**asdict(other), "layers": assembled.headers})
+        packs.append(Pack(PackHeader.model_validate(header.model_dump()), assembled.packs))
     return packs
 
 
