@@ -74,10 +74,7 @@ def synthetic_codec(
     )
     return LayerCodec(
         layout,
-        [
-            {kind: basis.truncate(getattr(group, kind)) for kind in KINDS}
-            for group in layout.groups
-        ],
+        [{kind: basis.truncate(getattr(group, kind)) for kind in KINDS} for group in layout.groups],
     )
 
 
@@ -101,9 +98,7 @@ def synthetic_pack(
     max_context: int,
 ) -> Pack:
     """A pack for a model with random weights: right in every byte, and good for nothing."""
-    codec = synthetic_codec(
-        fingerprint.num_kv_heads, heads_per_group, fingerprint.head_size, ratio
-    )
+    codec = synthetic_codec(fingerprint.num_kv_heads, heads_per_group, fingerprint.head_size, ratio)
     groups = tuple(
         GroupHeader(key=_planes(group.key), value=_planes(group.value))
         for group in codec.layout.groups
@@ -174,9 +169,7 @@ def _variance(dims: int) -> np.ndarray:
 def _turn(dims: int, seed: int) -> Tensor:
     """A random orthogonal matrix, float64 `[dims, dims]`."""
     generator = torch.Generator().manual_seed(seed)
-    turn, _ = torch.linalg.qr(
-        torch.randn(dims, dims, generator=generator, dtype=torch.float64)
-    )
+    turn, _ = torch.linalg.qr(torch.randn(dims, dims, generator=generator, dtype=torch.float64))
     return turn
 
 
