@@ -3,6 +3,7 @@
 Imports of the work stay inside the commands: `attentionpack --help` must not wait for vLLM.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -252,6 +253,7 @@ def bench_ops(
 ) -> None:
     """Attention on codes and encoding, each beside vLLM's dense op on the same shapes."""
     _check_device(device)
+    os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # standard output is for the figures
     from vllm_attentionpack.report.bench import print_ops
 
     print_ops(repeats, threads, json)
@@ -269,6 +271,7 @@ def bench_engine(
 ) -> None:
     """vLLM from end to end, dense and compacted, on a model with random weights."""
     _check_device(device)
+    os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"
     from vllm_attentionpack.bench.cpu_engine import Setup
     from vllm_attentionpack.report.bench import print_engine
 

@@ -65,12 +65,14 @@ def synthetic_codec(
     layout = synthetic_layout(num_kv_heads, heads_per_group, head_size, ratio)
     turn = _turn(heads_per_group * head_size, seed)
     variance = torch.from_numpy(_variance(len(turn)))
+    metric = torch.eye(head_size, dtype=torch.float64).repeat(heads_per_group, 1, 1)
     basis = PrincipalBasis(
-        torch.zeros(1, len(turn), dtype=torch.float64),
-        turn.T[None],
-        turn[None],
-        variance[None],
-        torch.ones(1, dtype=torch.float64),
+        mean=torch.zeros(1, len(turn), dtype=torch.float64),
+        vectors=turn.T.float()[None],
+        root=metric,
+        inverse=metric,
+        variance=variance[None],
+        share=torch.ones(1, dtype=torch.float64),
     )
     return LayerCodec(
         layout,
