@@ -1,0 +1,186 @@
+"""Device code of attention over codes: one program per (request, split, head group, modality)."""
+
+import triton
+import triton.language as tl
+
+from vllm_attentionpack.ops.triton.unpack import load_plane, plane_addresses, scale_of, sub_plane
+
+#: Tiles whose modality is looked up at once: one bit each of a 32-bit word, sign bit left alone.
+_TILES_PER_CHUNK = tl.constexpr(16)
+
+
+@triton.jit
+def attend_kernel(
+    query,  # float16 [T, groups, M, HEADS, K_COLUMNS]
+    constants,  # float32 [T, groups, M, HEADS, 2]
+    cache,  # uint8 [blocks, block_bytes]
+    block_table,  # int32 [B, max_blocks]
+    starts,  # int32 [B]; unread unless HAS_STARTS
+    stops,  # int32 [B]
+    query_start_loc,  # int32 [B + 1]
+    planes,  # int32 [groups, 2, 7]
+    latent,  # float16 [splits, T, groups, M, HEADS, V_COLUMNS]
+    sums,  # float32 [splits, T, groups, M, HEADS]
+    block_bytes,
+    table_stride,
+    num_tokens,
+    num_groups,
+    num_splits,
+    query_tiles,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    MODALITIES: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    K_BITS: tl.constexpr,
+    K_START: tl.constexpr,
+    K_SIZE: tl.constexpr,
+    K_FULL: tl.constexpr,
+    K_COLUMN: tl.constexpr,
+    K_OPERAND: tl.constexpr,
+    K_ALIGN: tl.constexpr,
+    K_COLUMNS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    V_START: tl.constexpr,
+    V_SIZE: tl.constexpr,
+    V_FULL: tl.constexpr,
+    V_COLUMN: tl.constexpr,
+    V_OPERAND: tl.constexpr,
+    V_ALIGN: tl.constexpr,
+    V_COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    split = tl.program_id(0) % num_splits
+    request = tl.program_id(0) // num_splits // query_tiles
+    query_tile = tl.program_id(0) // num_splits % query_tiles
+    group = tl.program_id(1) // MODALITIES
+    modality = tl.program_id(1) % MODALITIES
+
+    first_token = tl.load(query_start_loc + request)
+    length = tl.load(query_start_loc + request + 1) - first_token
+    if query_tile * ROWS >= length * HEADS:
+        return
+    row = query_tile * ROWS + tl.arange(0, ROWS)
+    position = row // HEADS
+    live = position < length
+    # Row of the arrays [T, groups, M, HEADS], which the query, its constants and the results share.
+    owner = ((first_token + position).to(tl.int64) * num_groups + group) * MODALITIES + modality
+    owner = owner * HEADS + row % HEADS
+
+    # The share of this split, in whole tiles; splits beyond the context have none.
+    start = 0
+    if HAS_STARTS:
+        start = tl.load(starts + request)
+    stop = tl.load(stops + request)
+    if CAUSAL:
+        row_stop = stop - length + 1 + position
+        last = tl.minimum(length - 1, (query_tile * ROWS + ROWS - 1) // HEADS)
+        stop = stop - length + 1 + last
+    first_tile = start // TILE
+    tiles = tl.maximum(tl.cdiv(stop, TILE) - first_tile, 0)
+    share = tl.cdiv(tiles, num_splits)
+    first_tile += split * share
+    tiles = tl.minimum(share, tiles - split * share)
+
+    k_at, k_scales = plane_addresses(planes + group * 14, K_BITS, K_ALIGN)
+    v_at, v_scales = plane_addresses(planes + group * 14 + 7, V_BITS, V_ALIGN)
+    table = block_table + request.to(tl.int64) * table_stride
+
+    queries = ()
+    for i in tl.static_range(len(K_BITS)):
+        for sub in tl.static_range(8 // K_BITS[i]):
+            dims = K_COLUMN[i] + sub * K_SIZE[i] + tl.arange(0, K_SIZE[i])
+            queries = queries + (
+                tl.load(
+                    query + (owner * K_COLUMNS)[None, :] + dims[:, None],
+                    mask=live[None, :],
+                    other=0.0,
+                ),
+            )
+    half = tl.load(constants + owner * 2, mask=live, other=0.0)
+    mean = tl.load(constants + owner * 2 + 1, mask=live, other=0.0)
+
+    attended = ()
+    for i in tl.static_range(len(V_BITS)):
+        for _ in tl.static_range(8 // V_BITS[i]):
+            attended = attended + (tl.zeros((V_SIZE[i], ROWS), tl.float32),)
+    top = tl.full((ROWS,), -1e30, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    weight = tl.zeros((ROWS,), tl.float32)
+    token_of = tl.arange(0, TILE)
+
+    for tile in tl.range(first_tile, first_tile + tiles, num_stages=STAGES):
+        token = tile * TILE + token_of
+        if BLOCK_SIZE % TILE == 0:
+            block = tl.load(table + tile * TILE // BLOCK_SIZE)
+            base = cache + block.to(tl.int64) * block_bytes
+            within = (tile * TILE) % BLOCK_SIZE + token_of
+        else:
+            block = tl.load(table + token // BLOCK_SIZE, mask=token < stop, other=0)
+            base = cache + block.to(tl.int64) * block_bytes
+            within = token % BLOCK_SIZE
+        k_byte = tl.load(base + k_scales + within)
+        v_byte = tl.load(base + v_scales + within)
+
+        dots = tl.zeros((TILE, ROWS), tl.float32)
+        for i in tl.static_range(len(K_BITS)):
+            data = load_plane(
+                base + k_at[2 * i + 1],
+                k_at[2 * i],
+                within,
+                K_START[i],
+                K_SIZE[i],
+                K_FULL[i],
+            )
+            for sub in tl.static_range(8 // K_BITS[i]):
+                dots = tl.dot(sub_plane(data, K_BITS[i], sub), queries[K_OPERAND[i] + sub], dots)
+        logit = (dots + half[None, :]) * scale_of(k_byte)[:, None] + mean[None, :]
+        seen = (token >= start) & (token < stop)
+        if MODALITIES == 2:
+            seen = seen & ((k_byte >> 7) == modality)
+        if CAUSAL:
+            visible = seen[:, None] & (token[:, None] < row_stop[None, :])
+        else:
+            visible = seen[:, None]
+        logit = tl.where(visible, logit, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logit, 0))
+        keep = tl.exp2(top - new_top)
+        p = tl.exp2(logit - new_top[None, :])
+        total = total * keep + tl.sum(p, 0)
+        p = p * scale_of(v_byte)[:, None]
+        weight = weight * keep + tl.sum(p, 0)
+        p = p.to(tl.float16)
+        top = new_top
+
+        updated = ()
+        for i in tl.static_range(len(V_BITS)):
+            data = load_plane(
+                base + v_at[2 * i + 1],
+                v_at[2 * i],
+                within,
+                V_START[i],
+                V_SIZE[i],
+                V_FULL[i],
+            )
+            for sub in tl.static_range(8 // V_BITS[i]):
+                updated = updated + (
+                    tl.dot(
+                        tl.trans(sub_plane(data, V_BITS[i], sub)), p, attended[V_OPERAND[i] + sub] * keep[None, :]
+                    ),
+                )
+        attended = updated
+
+    norm = tl.where(total > 0, 1.0 / total, 0.0)
+    out = split.to(tl.int64) * num_tokens * num_groups * MODALITIES * HEADS + owner
+    tl.store(sums + out, top + tl.log2(total), mask=live)
+    for i in tl.static_range(len(V_BITS)):
+        for sub in tl.static_range(8 // V_BITS[i]):
+            result = (attended[V_OPERAND[i] + sub] + (0.5 * (1 << (V_BITS[i] * sub))) * weight[None, :]) * norm[None, :]
+            dims = V_COLUMN[i] + sub * V_SIZE[i] + tl.arange(0, V_SIZE[i])
+            tl.store(
+                latent + (out * V_COLUMNS)[None, :] + dims[:, None],
+                result.to(tl.float16),
+                mask=live[None, :],
+            )

@@ -1,0 +1,56 @@
+"""Device functions: planes of a block to float16 operands of tensor cores, without conversions.
+
+A byte put under the exponent pattern `0x64` is the float16 number `1024 + byte`, so codes become
+floats by bit operations. A sub-plane is masked in place, not shifted: its codes come out times
+`4**i` or `16**i`, which the host folds into the query basis and the value basis. One subtraction
+centres them, leaving `unit * (code - 2**(bits - 1))` exactly; the half step to the codec's zero
+point, `(2**bits - 1) / 2`, is folded outside the dot products too.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def plane_addresses(planes, BITS: tl.constexpr, ALIGN: tl.constexpr):
+    """(width, offset) of the plane of each piece, one after the other, and the scales' offset.
+
+    The products tell the compiler what divides them, which decides how wide its loads are.
+    """
+    found = ()
+    for i in tl.static_range(len(BITS)):
+        plane = planes + 2 * (8 // (2 * BITS[i]))
+        found = found + (tl.load(plane) * ALIGN, tl.load(plane + 1) * 16)
+    return found, tl.load(planes + 6) * 16
+
+
+@triton.jit
+def load_plane(base, width, within, START: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr):
+    """Bytes `[tokens, SIZE]` of one piece of a plane, from byte `START` of each token on.
+
+    Args:
+        base: pointer or pointers `[tokens]` to the plane in the token's block.
+        width: bytes per token of the plane.
+        within: int32 `[tokens]`, index of the token in its block.
+        FULL: True if no group's plane is narrower than this piece.
+    """
+    column = START + tl.arange(0, SIZE)
+    pointers = (base + within * width)[:, None] + column[None, :]
+    if FULL:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(column < width)[None, :], other=0)
+
+
+@triton.jit
+def sub_plane(data, BITS: tl.constexpr, INDEX: tl.constexpr):
+    """float16 of the shape of `data` (uint8): `2**(BITS * INDEX) * (code - 2**(BITS - 1))`."""
+    MASK: tl.constexpr = ((1 << BITS) - 1) << (BITS * INDEX)
+    CENTRE: tl.constexpr = 1024 + (1 << (BITS * INDEX + BITS - 1))
+    pattern = (data & MASK).to(tl.uint16) | 0x6400
+    return pattern.to(tl.float16, bitcast=True) - tl.full((), CENTRE, tl.float16)
+
+
+@triton.jit
+def scale_of(byte):
+    """float32 scale of a scale byte; see `codec.quantize.decode_scale`."""
+    return tl.exp2(((byte & 0x7F).to(tl.float32) - 64.0) * 0.125)
