@@ -3,7 +3,13 @@
 import triton
 import triton.language as tl
 
-from vllm_attentionpack.ops.triton.unpack import load_plane, plane_addresses, scale_of, sub_plane
+from vllm_attentionpack.ops.triton.unpack import (
+    load_plane,
+    plane_addresses,
+    scale_of,
+    sub_plane,
+    widen,
+)
 
 #: Tiles whose modality is looked up at once: one bit each of a 32-bit word, sign bit left alone.
 _TILES_PER_CHUNK = tl.constexpr(16)
@@ -12,7 +18,7 @@ _TILES_PER_CHUNK = tl.constexpr(16)
 @triton.jit
 def attend_kernel(
     query,  # float16 [T, groups, M, HEADS, K_COLUMNS]
-    constants,  # float32 [T, groups, M, HEADS, 2]
+    mean_logits,  # float32 [T, groups, M, HEADS]
     cache,  # uint8 [blocks, block_bytes]
     block_table,  # int32 [B, max_blocks]
     starts,  # int32 [B]; unread unless HAS_STARTS
@@ -99,8 +105,7 @@ def attend_kernel(
                     other=0.0,
                 ),
             )
-    half = tl.load(constants + owner * 2, mask=live, other=0.0)
-    mean = tl.load(constants + owner * 2 + 1, mask=live, other=0.0)
+    mean_logit = tl.load(mean_logits + owner, mask=live, other=0.0)
 
     attended = ()
     for i in tl.static_range(len(V_BITS)):
@@ -108,79 +113,126 @@ def attend_kernel(
             attended = attended + (tl.zeros((V_SIZE[i], ROWS), tl.float32),)
     top = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    weight = tl.zeros((ROWS,), tl.float32)
     token_of = tl.arange(0, TILE)
 
-    for tile in tl.range(first_tile, first_tile + tiles, num_stages=STAGES):
-        token = tile * TILE + token_of
-        if BLOCK_SIZE % TILE == 0:
-            block = tl.load(table + tile * TILE // BLOCK_SIZE)
-            base = cache + block.to(tl.int64) * block_bytes
-            within = (tile * TILE) % BLOCK_SIZE + token_of
-        else:
-            block = tl.load(table + token // BLOCK_SIZE, mask=token < stop, other=0)
-            base = cache + block.to(tl.int64) * block_bytes
-            within = token % BLOCK_SIZE
-        k_byte = tl.load(base + k_scales + within)
-        v_byte = tl.load(base + v_scales + within)
-
-        dots = tl.zeros((TILE, ROWS), tl.float32)
-        for i in tl.static_range(len(K_BITS)):
-            data = load_plane(
-                base + k_at[2 * i + 1],
-                k_at[2 * i],
-                within,
-                K_START[i],
-                K_SIZE[i],
-                K_FULL[i],
-            )
-            for sub in tl.static_range(8 // K_BITS[i]):
-                dots = tl.dot(sub_plane(data, K_BITS[i], sub), queries[K_OPERAND[i] + sub], dots)
-        logit = (dots + half[None, :]) * scale_of(k_byte)[:, None] + mean[None, :]
-        seen = (token >= start) & (token < stop)
+    chunks = 1
+    if MODALITIES == 2:
+        chunks = tl.cdiv(tiles, _TILES_PER_CHUNK)
+    for chunk in range(chunks):
+        # Tiles of one modality alone are common, and only tiles that hold a token of this program's
+        # modality are read: their numbers come out of a word with one bit per tile.
+        count = tiles
         if MODALITIES == 2:
-            seen = seen & ((k_byte >> 7) == modality)
-        if CAUSAL:
-            visible = seen[:, None] & (token[:, None] < row_stop[None, :])
-        else:
-            visible = seen[:, None]
-        logit = tl.where(visible, logit, float("-inf"))
-        new_top = tl.maximum(top, tl.max(logit, 0))
-        keep = tl.exp2(top - new_top)
-        p = tl.exp2(logit - new_top[None, :])
-        total = total * keep + tl.sum(p, 0)
-        p = p * scale_of(v_byte)[:, None]
-        weight = weight * keep + tl.sum(p, 0)
-        p = p.to(tl.float16)
-        top = new_top
-
-        updated = ()
-        for i in tl.static_range(len(V_BITS)):
-            data = load_plane(
-                base + v_at[2 * i + 1],
-                v_at[2 * i],
-                within,
-                V_START[i],
-                V_SIZE[i],
-                V_FULL[i],
+            from_tile = first_tile + chunk * _TILES_PER_CHUNK
+            waiting, count = _tiles_with(
+                modality,
+                cache + k_scales,
+                table,
+                block_bytes,
+                from_tile * TILE,
+                start,
+                tl.minimum(stop, (first_tile + tiles) * TILE),
+                BLOCK_SIZE,
+                TILE,
             )
-            for sub in tl.static_range(8 // V_BITS[i]):
-                updated = updated + (
-                    tl.dot(
-                        tl.trans(sub_plane(data, V_BITS[i], sub)), p, attended[V_OPERAND[i] + sub] * keep[None, :]
-                    ),
+        for step in tl.range(0, count, num_stages=STAGES):
+            tile = first_tile + step
+            if MODALITIES == 2:
+                lowest = waiting & (-waiting)
+                waiting = waiting - lowest
+                tile = from_tile + _bit_number(lowest)
+            token = tile * TILE + token_of
+            if BLOCK_SIZE % TILE == 0:
+                block = tl.load(table + tile * TILE // BLOCK_SIZE)
+                base = cache + block.to(tl.int64) * block_bytes
+                within = (tile * TILE) % BLOCK_SIZE + token_of
+            else:
+                block = tl.load(
+                    table + token // BLOCK_SIZE, mask=(token >= start) & (token < stop), other=0
                 )
-        attended = updated
+                base = cache + block.to(tl.int64) * block_bytes
+                within = token % BLOCK_SIZE
+            k_byte = tl.load(base + k_scales + within)
+            v_byte = tl.load(base + v_scales + within)
+
+            dots = tl.zeros((TILE, ROWS), tl.float32)
+            for i in tl.static_range(len(K_BITS)):
+                data = load_plane(
+                    base + k_at[2 * i + 1], k_at[2 * i], within, K_START[i], K_SIZE[i], K_FULL[i]
+                )
+                wide = widen(data)
+                for sub in tl.static_range(8 // K_BITS[i]):
+                    operand = sub_plane(wide, K_BITS[i], sub)
+                    dots = tl.dot(operand, queries[K_OPERAND[i] + sub], dots)
+            logit = dots * scale_of(k_byte)[:, None] + mean_logit[None, :]
+            seen = (token >= start) & (token < stop)
+            if MODALITIES == 2:
+                seen = seen & ((k_byte >> 7) == modality)
+            if CAUSAL:
+                visible = seen[:, None] & (token[:, None] < row_stop[None, :])
+            else:
+                visible = seen[:, None]
+            logit = tl.where(visible, logit, float("-inf"))
+            new_top = tl.maximum(top, tl.max(logit, 0))
+            keep = tl.exp2(top - new_top)
+            p = tl.exp2(logit - new_top[None, :])
+            total = total * keep + tl.sum(p, 0)
+            p = (p * scale_of(v_byte)[:, None]).to(tl.float16)
+            top = new_top
+
+            updated = ()
+            for i in tl.static_range(len(V_BITS)):
+                data = load_plane(
+                    base + v_at[2 * i + 1], v_at[2 * i], within, V_START[i], V_SIZE[i], V_FULL[i]
+                )
+                wide = widen(data)
+                for sub in tl.static_range(8 // V_BITS[i]):
+                    updated = updated + (
+                        tl.dot(
+                            tl.trans(sub_plane(wide, V_BITS[i], sub)),
+                            p,
+                            attended[V_OPERAND[i] + sub] * keep[None, :],
+                        ),
+                    )
+            attended = updated
 
     norm = tl.where(total > 0, 1.0 / total, 0.0)
     out = split.to(tl.int64) * num_tokens * num_groups * MODALITIES * HEADS + owner
     tl.store(sums + out, top + tl.log2(total), mask=live)
     for i in tl.static_range(len(V_BITS)):
         for sub in tl.static_range(8 // V_BITS[i]):
-            result = (attended[V_OPERAND[i] + sub] + (0.5 * (1 << (V_BITS[i] * sub))) * weight[None, :]) * norm[None, :]
+            result = attended[V_OPERAND[i] + sub] * norm[None, :]
             dims = V_COLUMN[i] + sub * V_SIZE[i] + tl.arange(0, V_SIZE[i])
             tl.store(
                 latent + (out * V_COLUMNS)[None, :] + dims[:, None],
                 result.to(tl.float16),
                 mask=live[None, :],
             )
+
+
+@triton.jit
+def _tiles_with(
+    modality,
+    scales,
+    table,
+    block_bytes,
+    first_token,
+    start,
+    stop,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """A bit for each tile of a chunk that has a token of `modality` in `[start, stop)`; how many."""
+    tile = tl.arange(0, _TILES_PER_CHUNK)
+    token = first_token + tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    exists = (token >= start) & (token < stop)
+    block = tl.load(table + token // BLOCK_SIZE, mask=exists, other=0).to(tl.int64)
+    byte = tl.load(scales + block * block_bytes + token % BLOCK_SIZE, mask=exists, other=0)
+    found = tl.max((exists & ((byte >> 7) == modality)).to(tl.int32), 1)
+    return tl.sum(found << tile, 0), tl.sum(found, 0)
+
+
+@triton.jit
+def _bit_number(bit):
+    """The number of the only bit that is set in `bit`, an int32."""
+    return (bit.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127

@@ -18,12 +18,11 @@ class PackedQuery:
 
     Attributes:
         latent: float16 `[T, groups, M, H, C]`, `H` query heads of a group, `C` padded columns.
-        constants: float32 `[T, groups, M, H, 2]`: what a logit gains per unit of scale for the half
-            step between the kernels' centre of a code and its zero point, and the mean logit.
+        mean_logit: float32 `[T, groups, M, H]`, the query against the mean key of each modality.
     """
 
     latent: Tensor
-    constants: Tensor
+    mean_logit: Tensor
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def absorb_query(query: Tensor, codec: LayerCodec, scale: float) -> PackedQuery:
     shape = (tokens, len(layout.groups), codec.num_modalities, repeats * layout.heads_per_group)
     columns = prepared.tiles["key"].columns
     latent = torch.empty(*shape, columns, dtype=torch.float16, device=query.device)
-    constants = torch.empty(*shape, 2, dtype=torch.float32, device=query.device)
+    mean_logit = torch.empty(shape, dtype=torch.float32, device=query.device)
     rows = tokens * repeats
     block_rows = 16 if rows <= 64 else 64
     block_columns = 64
@@ -136,9 +135,9 @@ def absorb_query(query: Tensor, codec: LayerCodec, scale: float) -> PackedQuery:
             query,
             basis.values,
             basis.scale,
-            prepared.query_vectors,
+            prepared.key_mean,
             latent,
-            constants,
+            mean_logit,
             query.stride(0),
             query.stride(1),
             rows,
@@ -154,7 +153,7 @@ def absorb_query(query: Tensor, codec: LayerCodec, scale: float) -> PackedQuery:
             BLOCK_DIMS=_divisor(head_size, 64),
             num_warps=4,
         )
-    return PackedQuery(latent, constants)
+    return PackedQuery(latent, mean_logit)
 
 
 def paged_attention(
@@ -180,14 +179,14 @@ def paged_attention(
     rows = (tokens, groups, modalities, heads)
     # A request of no new tokens is no program's; its rows do not exist.
     parts = query.latent.new_empty(shape.splits, *rows, columns)
-    sums = query.constants.new_empty(shape.splits, *rows)
-    latent, weight = query.latent.new_empty(*rows, columns), query.constants.new_empty(rows)
-    lse = query.constants.new_empty(tokens, groups * heads)
+    sums = query.mean_logit.new_empty(shape.splits, *rows)
+    latent, weight = query.latent.new_empty(*rows, columns), query.mean_logit.new_empty(rows)
+    lse = query.mean_logit.new_empty(tokens, groups * heads)
     if not tokens:
         return PackedLatent(latent, weight, lse)
     attend_kernel[(requests * shape.query_tiles * shape.splits, groups * modalities)](
         query.latent,
-        query.constants,
+        query.mean_logit,
         kv_cache,
         block_table,
         stops if starts is None else starts,

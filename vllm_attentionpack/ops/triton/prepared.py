@@ -101,10 +101,9 @@ class Prepared:
         return HalfBasis.of(self._decode("key").mT * math.log2(math.e))
 
     @cached_property
-    def query_vectors(self) -> Tensor:
-        """float32 `[Hk, M, 2, D]`: the half step to the zero points, and the mean key."""
-        half = 0.5 * self._decode("key", with_units=False).sum(-2)
-        return torch.stack([half, self._mean("key")], 2).mul(math.log2(math.e)).contiguous()
+    def key_mean(self) -> Tensor:
+        """float32 `[Hk, M, D]`: the mean key, for base-2 logits."""
+        return self._mean("key").mul(math.log2(math.e)).contiguous()
 
     @cached_property
     def value_basis(self) -> HalfBasis:
@@ -136,7 +135,7 @@ class Prepared:
         steps = tuple(step_and_distortion(piece.bits)[0] for piece in tiles.pieces)
         return Encoder(HalfBasis.of(basis), mean.contiguous(), weight, steps)
 
-    def _decode(self, kind: Kind, with_units: bool = True) -> Tensor:
+    def _decode(self, kind: Kind) -> Tensor:
         """float32 `[Hk, M, C, D]`: the decode basis with a row per column, zero where padded."""
         layout, tiles = self.codec.layout, self.tiles[kind]
         heads, dims = layout.heads_per_group, layout.head_size
@@ -147,7 +146,7 @@ class Prepared:
             decode = getattr(group, kind).basis.decode.to(self.device)  # [M, R, G * D]
             decode = decode.unflatten(-1, (heads, dims)).permute(2, 0, 1, 3)  # [G, M, R, D]
             for columns, latent, unit in tiles.dims(g):
-                out[of, :, columns] = decode[:, :, latent] / (unit if with_units else 1)
+                out[of, :, columns] = decode[:, :, latent] / unit
         return out
 
     def _mean(self, kind: Kind) -> Tensor:

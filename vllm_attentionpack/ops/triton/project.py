@@ -9,9 +9,9 @@ def absorb_kernel(
     query,  # [T, Hq, D], any float
     basis,  # float16 [Hk, M, D, COLUMNS]
     basis_scale,  # float32 [Hk, M]
-    vectors,  # float32 [Hk, M, 2, D]
+    means,  # float32 [Hk, M, D]
     absorbed,  # float16 [T, groups, M, GROUP_HEADS * REPEATS, COLUMNS]
-    constants,  # float32 [T, groups, M, GROUP_HEADS * REPEATS, 2]
+    mean_logits,  # float32 [T, groups, M, GROUP_HEADS * REPEATS]
     token_stride,
     head_stride,
     rows,
@@ -38,10 +38,9 @@ def absorb_kernel(
 
     source = query + token * token_stride + (head * REPEATS + repeat) * head_stride
     basis += (head * MODALITIES + modality) * HEAD_SIZE * COLUMNS
-    vectors += (head * MODALITIES + modality) * 2 * HEAD_SIZE
+    means += (head * MODALITIES + modality) * HEAD_SIZE
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    half = tl.zeros((BLOCK_ROWS,), tl.float32)
-    mean = tl.zeros((BLOCK_ROWS,), tl.float32)
+    mean_logit = tl.zeros((BLOCK_ROWS,), tl.float32)
     for start in range(0, HEAD_SIZE, BLOCK_DIMS):
         d = start + dim
         q = tl.load(source[:, None] + d[None, :], mask=live[:, None], other=0.0).to(tl.float32)
@@ -51,8 +50,7 @@ def absorb_kernel(
             other=0.0,
         )
         total = tl.dot(q.to(tl.float16), b, total)
-        half += tl.sum(q * tl.load(vectors + d)[None, :], 1)
-        mean += tl.sum(q * tl.load(vectors + HEAD_SIZE + d)[None, :], 1)
+        mean_logit += tl.sum(q * tl.load(means + d)[None, :], 1)
 
     total *= factor * tl.load(basis_scale + head * MODALITIES + modality)
     total = tl.minimum(tl.maximum(total, -65504.0), 65504.0)
@@ -64,8 +62,7 @@ def absorb_kernel(
         mask=live[:, None] & (column < COLUMNS)[None, :],
     )
     if tl.program_id(2) == 0:
-        tl.store(constants + owner * 2, half * factor, mask=live)
-        tl.store(constants + owner * 2 + 1, mean * factor, mask=live)
+        tl.store(mean_logits + owner, mean_logit * factor, mask=live)
 
 
 @triton.jit

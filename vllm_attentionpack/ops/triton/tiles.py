@@ -19,6 +19,10 @@ from vllm_attentionpack.codec.layout import KINDS, Kind, LayerLayout
 #: Widths in bits that the kernels read, in the order of the table of `plane_table`.
 KERNEL_BITS = (8, 4, 2)
 _SMALLEST_PIECE = 16
+#: The asynchronous products of Hopper (`wgmma`) and Blackwell want 64 rows, which value columns are;
+#: the older ones keep far more in registers. Head groups with fewer bytes than this per token would
+#: mostly multiply padding, and stay with small pieces.
+_WIDE_VALUES = 64
 _LARGEST_PIECE = 128
 #: Offsets are stored in units of this; planes start at multiples of it.
 _OFFSET_UNIT = 16
@@ -59,6 +63,8 @@ class KindTiles:
 
     @classmethod
     def of(cls, layout: LayerLayout, kind: Kind) -> "KindTiles":
+        total = max(getattr(group, kind).bytes_per_token for group in layout.groups)
+        smallest = 64 if kind == "value" and total >= _WIDE_VALUES else _SMALLEST_PIECE
         widths = []
         for group in layout.groups:
             dims = dict(getattr(group, kind))
@@ -66,7 +72,7 @@ class KindTiles:
         pieces: list[Piece] = []
         column = operand = 0
         for bits, per_group in zip(KERNEL_BITS, zip(*widths, strict=True), strict=True):
-            for start, size in _cut(max(per_group)):
+            for start, size in _cut(max(per_group), smallest):
                 pieces.append(Piece(bits, start, size, column, operand))
                 column += 8 // bits * size
                 operand += 8 // bits
@@ -85,7 +91,7 @@ class KindTiles:
     def dims(self, group: int) -> Iterator[tuple[Tensor, Tensor, int]]:
         """Where the latent dims of a group lie: per sub-plane (columns, latent dims, unit).
 
-        The kernels see a code times `unit`.
+        The kernels see the distance of a code from its zero point times `unit`.
         """
         first = 0
         for bits, width in zip(KERNEL_BITS, self.widths[group], strict=True):
@@ -95,7 +101,7 @@ class KindTiles:
                 held = torch.arange(min(piece.size, max(0, width - piece.start)))
                 for sub in range(8 // bits):
                     columns = piece.column + sub * piece.size + held
-                    yield columns, first + sub * width + piece.start + held, 1 << (bits * sub)
+                    yield columns, first + sub * width + piece.start + held, unit(bits, sub)
             first += 8 // bits * width
 
     def constants(self, prefix: str) -> dict[str, object]:
@@ -110,6 +116,11 @@ class KindTiles:
             f"{prefix}_ALIGN": self.align,
             f"{prefix}_COLUMNS": self.columns,
         }
+
+
+def unit(bits: int, sub_plane: int) -> int:
+    """What the kernels see a code of the `sub_plane`-th sub-plane multiplied by."""
+    return 2 << (bits * sub_plane)
 
 
 def plane_table(
@@ -133,9 +144,9 @@ def plane_table(
     return table.to(device)
 
 
-def _cut(width: int) -> Iterator[tuple[int, int]]:
-    """(start, size) of pieces that cover `width` bytes with less than 16 to spare."""
-    start, left = 0, -(-width // _SMALLEST_PIECE) * _SMALLEST_PIECE
+def _cut(width: int, smallest: int) -> Iterator[tuple[int, int]]:
+    """(start, size) of pieces that cover `width` bytes with less than `smallest` to spare."""
+    start, left = 0, -(-width // smallest) * smallest
     while left:
         size = min(_LARGEST_PIECE, 1 << (left.bit_length() - 1))
         yield start, size

@@ -1,10 +1,10 @@
 """Device functions: planes of a block to float16 operands of tensor cores, without conversions.
 
-A byte put under the exponent pattern `0x64` is the float16 number `1024 + byte`, so codes become
-floats by bit operations. A sub-plane is masked in place, not shifted: its codes come out times
-`4**i` or `16**i`, which the host folds into the query basis and the value basis. One subtraction
-centres them, leaving `unit * (code - 2**(bits - 1))` exactly; the half step to the codec's zero
-point, `(2**bits - 1) / 2`, is folded outside the dot products too.
+A byte shifted by one under the exponent pattern `0x6400` is the float16 number `1024 + 2 byte`, so
+codes become floats by bit operations. A sub-plane is masked in place, not moved: its codes come out
+times 2, 4, 16 or more, the *unit* of the sub-plane, which the host folds into the bases. The zero
+point of a code, `(2**bits - 1) / 2`, is a whole number of half units (hence the shift), so one
+exact subtraction leaves `unit * (code - zero point)` and no offset has to be folded anywhere.
 """
 
 import triton
@@ -42,12 +42,17 @@ def load_plane(base, width, within, START: tl.constexpr, SIZE: tl.constexpr, FUL
 
 
 @triton.jit
-def sub_plane(data, BITS: tl.constexpr, INDEX: tl.constexpr):
-    """float16 of the shape of `data` (uint8): `2**(BITS * INDEX) * (code - 2**(BITS - 1))`."""
-    MASK: tl.constexpr = ((1 << BITS) - 1) << (BITS * INDEX)
-    CENTRE: tl.constexpr = 1024 + (1 << (BITS * INDEX + BITS - 1))
-    pattern = (data & MASK).to(tl.uint16) | 0x6400
-    return pattern.to(tl.float16, bitcast=True) - tl.full((), CENTRE, tl.float16)
+def widen(data):
+    """uint16 `0x6400 | byte << 1` of uint8 `data`."""
+    return (data.to(tl.uint16) << 1) | 0x6400
+
+
+@triton.jit
+def sub_plane(wide, BITS: tl.constexpr, INDEX: tl.constexpr):
+    """float16 of the shape of `wide`: `unit * (code - zero point)`, see `tiles.unit`."""
+    KEEP: tl.constexpr = 0x6400 | (((1 << BITS) - 1) << (BITS * INDEX + 1))
+    ZERO: tl.constexpr = 1024 + (((1 << BITS) - 1) << (BITS * INDEX))
+    return (wide & KEEP).to(tl.float16, bitcast=True) - tl.full((), ZERO, tl.float16)
 
 
 @triton.jit
