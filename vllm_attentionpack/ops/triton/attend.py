@@ -222,7 +222,7 @@ def _tiles_with(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """A bit for each tile of a chunk that has a token of `modality` in `[start, stop)`; how many."""
+    """A bit per tile of a chunk that holds a token of `modality` in `[start, stop)`; how many."""
     tile = tl.arange(0, _TILES_PER_CHUNK)
     token = first_token + tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
     exists = (token >= start) & (token < stop)

@@ -19,9 +19,9 @@ from vllm_attentionpack.codec.layout import KINDS, Kind, LayerLayout
 #: Widths in bits that the kernels read, in the order of the table of `plane_table`.
 KERNEL_BITS = (8, 4, 2)
 _SMALLEST_PIECE = 16
-#: The asynchronous products of Hopper (`wgmma`) and Blackwell want 64 rows, which value columns are;
-#: the older ones keep far more in registers. Head groups with fewer bytes than this per token would
-#: mostly multiply padding, and stay with small pieces.
+#: The asynchronous products of Hopper (`wgmma`) and Blackwell want 64 rows, which value columns
+#: are; the older ones keep far more in registers. Head groups with fewer bytes than this per token
+#: would mostly multiply padding, and stay with small pieces.
 _WIDE_VALUES = 64
 _LARGEST_PIECE = 128
 #: Offsets are stored in units of this; planes start at multiples of it.
