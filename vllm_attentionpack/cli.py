@@ -68,6 +68,12 @@ def calibrate(
         str | None,
         typer.Option(help="1: all tokens alike, 2: visual apart, or auto. [default: auto]"),
     ] = None,
+    sinks: Annotated[
+        int | None, typer.Option(help="First tokens to keep exact. [default: 4]")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Last tokens to keep exact. [default: 32]")
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="The pack. [default: MODEL-RATIOx.pack.safetensors]"),
@@ -107,6 +113,8 @@ def calibrate(
         max_context=max_context,
         seed=seed,
         modalities=_number(modalities),
+        sinks=sinks,
+        window=window,
         output=output,
     )
     source = "the command line" if config is None else f"'{config}' with the command line"

@@ -3,11 +3,14 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vllm_attentionpack.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vllm_attentionpack.packfile import PackHeader
 
 #: The key of `--additional-config` that is ours.
 SECTION = "attentionpack"
@@ -25,6 +28,9 @@ class ServeConfig(BaseModel):
         exact_prefill: True (default) lets the fresh tokens of a step attend to each other exactly
             and reads only what was cached before from the codes. False reads everything from the
             codes: slower to become exact, needed to measure the codec by teacher forcing.
+        sinks: tokens at the start of a request that stay exact; None takes the pack's advice.
+        window: tokens at the end of a request that stay exact, the newest included; None takes the
+            pack's advice. With `sinks` and `window` 0 no memory goes to exact tokens.
         ops: the implementation of attention on compacted pages; `auto` takes the fastest that can
             run (`ops.select.IMPLEMENTATIONS`).
     """
@@ -33,7 +39,20 @@ class ServeConfig(BaseModel):
 
     pack: Path
     exact_prefill: bool = True
+    sinks: int | None = Field(default=None, ge=0)
+    window: int | None = Field(default=None, ge=0)
     ops: str = "auto"
+
+    def exact_tokens(self, header: "PackHeader") -> tuple[int, int]:
+        """`sinks` and `window` in force with a pack that has `header`."""
+        sinks = header.sinks if self.sinks is None else self.sinks
+        window = header.window if self.window is None else self.window
+        return sinks, window
+
+    def keeps_exact(self, header: "PackHeader") -> bool:
+        """Whether any cached token stays exact: a window of 1 is the query's own token."""
+        sinks, window = self.exact_tokens(header)
+        return sinks > 0 or window > 1
 
     @field_validator("pack")
     @classmethod

@@ -1,5 +1,7 @@
 """Dense attention, one query at a time in float64: slow and plainly right."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,29 +24,38 @@ def attend(
     codec: LayerCodec,
     batch: PagedBatch,
     scale: float,
-    exact_fresh: bool = False,
+    exact: Callable[[int, int], Tensor] | None = None,
     ranges: list[tuple[int, int]] | None = None,
     causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Output `[T, Hq, D]` and log-sum-exp `[T, Hq]` in float64; zero and `-inf` over no token.
 
-    With `exact_fresh` the new tokens of a request are taken as they are, otherwise as their codes.
-    `ranges` holds the (start, stop) of `paged_attention` per request, by default the whole request.
+    Args:
+        exact: for the query at a position of a request (row, position) which of the request's
+            tokens are taken as they are, bool `[contexts + fresh]`; the others, by default all,
+            are taken as their codes.
+        ranges: the (start, stop) of `paged_attention` per request, by default the whole request.
+        causal: as there.
     """
     outputs, lses = [], []
     token = 0
     for row, (context, fresh) in enumerate(zip(batch.contexts, batch.fresh, strict=True)):
-        key, value = (
-            reconstruct(codec, kind, x[row], batch.visual[row])
+        pairs = [
+            (x[row], reconstruct(codec, kind, x[row], batch.visual[row]))
             for kind, x in (("key", batch.key), ("value", batch.value))
-        )
-        if exact_fresh:
-            key = torch.cat([key[:context], batch.key[row][context:]])
-            value = torch.cat([value[:context], batch.value[row][context:]])
-        repeats = batch.query.shape[1] // key.shape[1]
-        key, value = (x.double().repeat_interleave(repeats, 1) for x in (key, value))
+        ]
+        repeats = batch.query.shape[1] // batch.key[row].shape[1]
         start, stop = ranges[row] if ranges else (0, context + fresh)
         for i in range(fresh):
+            kept = (
+                torch.zeros(context + fresh, dtype=torch.bool)
+                if exact is None
+                else exact(row, context + i)
+            )
+            key, value = (
+                torch.where(kept[:, None, None], own, coded).double().repeat_interleave(repeats, 1)
+                for own, coded in pairs
+            )
             end = max(stop - (fresh - 1 - i if causal else 0), start)
             query = batch.query[token].double()
             logits = torch.einsum("hd,nhd->hn", query, key[start:end]) * scale
@@ -52,3 +63,12 @@ def attend(
             lses.append(logits.logsumexp(-1))
             token += 1
     return torch.stack(outputs), torch.stack(lses)
+
+
+def fresh_tokens(batch: PagedBatch) -> Callable[[int, int], Tensor]:
+    """For `attend`: the new tokens of each request are exact."""
+
+    def exact(row: int, position: int) -> Tensor:
+        return torch.arange(batch.contexts[row] + batch.fresh[row]) >= batch.contexts[row]
+
+    return exact

@@ -69,6 +69,8 @@ class AttentionPackBackend(AttentionBackend):
                 f"on this rank, the pack was made for {expected}. Calibrate this model again."
             )
         impl.codec = codec
+        if impl.state.has_exact_cache:
+            return compacted_spec(spec, codec.layout, impl.state.pages(spec, vllm_config))
         if shares_pool(vllm_config):
             return shared_pool_spec(spec, impl.state.largest_bytes_per_token)
         return compacted_spec(spec, codec.layout)

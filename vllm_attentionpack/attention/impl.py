@@ -1,26 +1,31 @@
 """One compacted attention layer in vLLM's request path. No arithmetic here: see `ops`."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from vllm_attentionpack import ops
 from vllm_attentionpack.attention.metadata import AttentionPackMetadata
-from vllm_attentionpack.attention.state import EngineState
+from vllm_attentionpack.attention.state import SUFFIX, EngineState
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.compat import modality_mask
 from vllm_attentionpack.errors import UnsupportedModelError
 from vllm_attentionpack.kv_cache.spec import block_view
 
+#: Output and log-sum-exp of the attention to some of the keys.
+Part = tuple[Tensor, Tensor]
+
 
 class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
-    """Stores new tokens as codes and attends to codes.
+    """Stores new tokens as codes and attends to codes, sinks and recent tokens excepted.
 
     With `exact_prefill` the new tokens of a step attend to each other exactly and only the context
-    is read from the codes; without, everything is.
+    is read as it is stored; without, everything is.
     """
 
     def __init__(
@@ -62,13 +67,13 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
 
     def do_kv_cache_update(
         self,
-        layer: torch.nn.Module,
+        layer: AttentionLayer,
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
         slot_mapping: Tensor,
     ) -> None:
-        """Encodes the step's new tokens into `kv_cache`; see `ops.store_kv`."""
+        """Stores the step's new tokens as codes and, where it has room for them, as they are."""
         assert self.codec is not None
         tokens = slot_mapping.shape[0]
         self.state.ops.store_kv(
@@ -80,6 +85,14 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
             self.codec,
             kv_cache.shape[2],
         )
+        if self.state.has_exact_cache:
+            name = layer.layer_name + SUFFIX
+            slots = get_forward_context().slot_mapping[name]
+            pages = self.state.exact_layers[name].pages()
+            ops.store_exact(key[:tokens], value[:tokens], pages, slots)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        self.state.add_exact_layers()
 
     def forward(
         self,
@@ -99,52 +112,117 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
         if attn_metadata is None:  # profiling run
             return output.fill_(0)
         tokens = attn_metadata.num_actual_tokens
-        if self.state.config.exact_prefill:
-            result = self._exact_fresh(
-                query[:tokens], key[:tokens], value[:tokens], kv_cache, attn_metadata
-            )
-        else:
-            result, _ = self._from_codes(
-                query[:tokens], kv_cache, attn_metadata, attn_metadata.seq_lens, causal=True
-            )
+        fresh = _Fresh(query[:tokens], key[:tokens], value[:tokens])
+        exact = self._exact_cache(layer)
+        attend = self._fresh_exactly if self.state.config.exact_prefill else self._fresh_as_codes
+        parts = attend(fresh, kv_cache, attn_metadata, exact)
+        result, _ = parts[0] if len(parts) == 1 else ops.merge_attention(*parts)
         output[:tokens] = result.view_as(output[:tokens])
         return output
 
-    def _exact_fresh(
+    def _fresh_exactly(
         self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        fresh: "_Fresh",
         kv_cache: Tensor,
         metadata: AttentionPackMetadata,
-    ) -> Tensor:
-        fresh, fresh_lse = ops.fresh_attention(query, key, value, metadata.batch, self.scale)
+        exact: "_ExactCache | None",
+    ) -> list[Part]:
+        """New tokens see each other as they are, and the context as it is stored."""
+        batch = metadata.batch
+        parts = [ops.fresh_attention(fresh.query, fresh.key, fresh.value, batch, self.scale)]
         if not metadata.has_context:
-            return fresh
-        context, context_lse = self._from_codes(
-            query, kv_cache, metadata, metadata.context_lens, causal=False
-        )
-        return ops.merge_attention(fresh, fresh_lse, context, context_lse)
+            return parts
+        starts, stops = None, metadata.context_lens
+        if exact is not None:
+            starts, stops = exact.tokens.starts, exact.tokens.stops
+            parts.append(
+                ops.exact_attention(fresh.query, exact.pages, exact.tokens, batch, self.scale)
+            )
+        parts.append(self._codes(fresh.query, kv_cache, metadata, starts, stops, causal=False))
+        return parts
 
-    def _from_codes(
+    def _fresh_as_codes(
+        self,
+        fresh: "_Fresh",
+        kv_cache: Tensor,
+        metadata: AttentionPackMetadata,
+        exact: "_ExactCache | None",
+    ) -> list[Part]:
+        """New tokens see each other as later tokens will see them: to measure the codec."""
+        context_lens, seq_lens = metadata.context_lens, metadata.seq_lens
+        if exact is None:
+            return [self._codes(fresh.query, kv_cache, metadata, None, seq_lens, causal=True)]
+        batch, state = metadata.batch, self.state
+        parts = [
+            ops.recent_attention(
+                fresh.query,
+                fresh.key,
+                fresh.value,
+                batch,
+                self.scale,
+                context_lens,
+                state.sinks,
+                state.window,
+            ),
+        ]
+        if batch.max_query_len > state.window:
+            starts, stops = context_lens.clamp(min=state.sinks), seq_lens - state.window
+            parts.append(self._codes(fresh.query, kv_cache, metadata, starts, stops, causal=True))
+        if metadata.has_context:
+            tokens = exact.tokens
+            parts += [
+                ops.exact_attention(fresh.query, exact.pages, tokens, batch, self.scale),
+                self._codes(
+                    fresh.query, kv_cache, metadata, tokens.starts, tokens.stops, causal=False
+                ),
+            ]
+        return parts
+
+    def _codes(
         self,
         query: Tensor,
         kv_cache: Tensor,
         metadata: AttentionPackMetadata,
-        seq_lens: Tensor,
+        starts: Tensor | None,
+        stops: Tensor,
         causal: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Part:
         assert self.codec is not None
         compute = self.state.ops
         attended = compute.paged_attention(
             compute.absorb_query(query, self.codec, self.scale),
             block_view(kv_cache),
             metadata.block_table,
-            None,
-            seq_lens,
+            starts,
+            stops,
             metadata.batch,
             self.codec,
             kv_cache.shape[2],
             causal,
         )
         return compute.up_project(attended, self.codec), attended.lse
+
+    def _exact_cache(self, layer: AttentionLayer) -> "_ExactCache | None":
+        """The layer's exact cache in this step; None without one."""
+        if not self.state.has_exact_cache:
+            return None
+        name = layer.layer_name + SUFFIX
+        metadata = get_forward_context().attn_metadata[name]
+        return _ExactCache(self.state.exact_layers[name].pages(), metadata.tokens)
+
+
+@dataclass(frozen=True)
+class _Fresh:
+    """The new tokens of a step: `[T, Hq, D]` and twice `[T, Hk, D]`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class _ExactCache:
+    """One layer's exact pages `[num_blocks, S, 2, Hk, D]` and which of their tokens are read."""
+
+    pages: Tensor
+    tokens: ops.ExactTokens

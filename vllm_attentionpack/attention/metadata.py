@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_attentionpack.attention.state import EngineState, shares_pool
+from vllm_attentionpack.attention.state import EngineState
 from vllm_attentionpack.ops import QueryBatch
 
 
@@ -54,8 +54,7 @@ class AttentionPackMetadataBuilder(AttentionMetadataBuilder[AttentionPackMetadat
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         state: EngineState = next(iter(layers.values())).impl.state
-        num_blocks = vllm_config.cache_config.num_gpu_blocks or 0
-        state.report(kv_cache_spec, num_blocks, shares_pool(vllm_config))
+        state.report(kv_cache_spec, vllm_config)
 
     def build(
         self,

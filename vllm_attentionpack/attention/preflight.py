@@ -37,6 +37,8 @@ def check(vllm_config: Any) -> None:
     header = read_header(config.pack)
     check_fingerprint(header.fingerprint, fingerprint(vllm_config.model_config), str(config.pack))
     check_shardable(header, vllm_config.parallel_config.tensor_parallel_size)
+    if config.keeps_exact(header):
+        check_exact_cache_options(vllm_config)
     if header.num_modalities == 2:
         check_modality_options(vllm_config.parallel_config)
     _warn_about_context(vllm_config.model_config.max_model_len, header)
@@ -93,6 +95,22 @@ def check_options(vllm_config: Any) -> None:
                 f"--{option.replace('_', '-')} is {size}; {BACKEND} supports only 1. "
                 "Use --tensor-parallel-size to spread a model over devices."
             )
+
+
+def check_exact_cache_options(vllm_config: Any) -> None:
+    """Raises `ConfigError` where vLLM cannot give a layer two caches."""
+    advice = 'Or keep no token exact: "window": 0 and "sinks": 0 in the attentionpack section.'
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        raise ConfigError(
+            "the hybrid KV cache manager is off (--disable-hybrid-kv-cache-manager, or a KV "
+            "connector that does not support it), but exact tokens have a cache of their own "
+            f"beside the compacted one. Leave it on. {advice}"
+        )
+    if vllm_config.parallel_config.use_ubatching:
+        raise ConfigError(
+            "micro-batching (--enable-dbo, --ubatch-size) is on, but exact tokens are looked up "
+            f"once per step, not per micro-batch. Turn micro-batching off. {advice}"
+        )
 
 
 def check_modality_options(parallel: Any) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
@@ -12,13 +13,20 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.config import ServeConfig, serve_config
 from vllm_attentionpack.errors import PackMismatchError
+from vllm_attentionpack.kv_cache.pages import PageGeometry, exact_blocks, page_geometry
+from vllm_attentionpack.kv_cache.spec import shared_pool_spec
 from vllm_attentionpack.ops.select import Ops, select_ops
 from vllm_attentionpack.packfile import Pack, load_pack
 from vllm_attentionpack.packfile.shard import check_shardable, shard_codec, shard_layout
 from vllm_attentionpack.plugin import BACKEND
 
+if TYPE_CHECKING:
+    from vllm_attentionpack.attention.window import ExactWindowLayer
+
 logger = logging.getLogger("vllm.attentionpack")
 
+#: The name of a layer's exact cache is the layer's with this behind it.
+SUFFIX = ".exact"
 _ATTRIBUTE = "_attentionpack_state"
 
 
@@ -28,9 +36,21 @@ def shares_pool(vllm_config: VllmConfig) -> bool:
     return any(layer.attn_backend.get_name() != BACKEND for layer in layers)
 
 
+def in_flight_tokens(vllm_config: VllmConfig) -> int:
+    """The most tokens that the steps under way add to a request that decodes, drafts included."""
+    return int(vllm_config.max_concurrent_batches * (1 + vllm_config.num_speculative_tokens))
+
+
 @dataclass
 class EngineState:
-    """Configuration, pack and the codecs handed to layers so far, by layer name."""
+    """Configuration, pack, and what was derived from them for this worker.
+
+    Attributes:
+        layers: vLLM's attention layers by name, for a model and its drafter.
+        codecs: handed to layers so far, by layer name.
+        exact_layers: the companions of compacted layers, by their own names.
+        geometry: the pages, where there is an exact cache; None before the first layer asked.
+    """
 
     config: ServeConfig
     pack: Pack
@@ -39,7 +59,10 @@ class EngineState:
     num_stages: int
     device: torch.device
     ops: Ops
+    layers: dict[str, Any]
     codecs: dict[str, LayerCodec] = field(default_factory=dict)
+    exact_layers: "dict[str, ExactWindowLayer]" = field(default_factory=dict)
+    geometry: PageGeometry | None = None
     reported: bool = False
 
     @classmethod
@@ -68,6 +91,7 @@ class EngineState:
                 num_stages=vllm_config.parallel_config.pipeline_parallel_size,
                 device=device,
                 ops=ops,
+                layers=vllm_config.compilation_config.static_forward_context,
             )
             object.__setattr__(vllm_config, _ATTRIBUTE, state)
         return state
@@ -91,18 +115,59 @@ class EngineState:
         return self.codecs[layer_name]
 
     @property
+    def sinks(self) -> int:
+        """Tokens at the start of a request that stay exact."""
+        return self.config.exact_tokens(self.pack.header)[0]
+
+    @property
+    def window(self) -> int:
+        """Tokens at the end of a request that stay exact, the newest included."""
+        return self.config.exact_tokens(self.pack.header)[1]
+
+    @property
+    def has_exact_cache(self) -> bool:
+        return self.config.keeps_exact(self.pack.header)
+
+    def add_exact_layers(self) -> None:
+        """Gives each compacted layer of the loaded model its exact cache. Idempotent."""
+        from vllm_attentionpack.attention.window import ExactWindowLayer
+
+        if not self.has_exact_cache:
+            return
+        for name, layer in list(self.layers.items()):
+            if isinstance(layer, Attention) and layer.attn_backend.get_name() == BACKEND:
+                if name + SUFFIX not in self.layers:
+                    self.layers[name + SUFFIX] = ExactWindowLayer(layer, self)
+                self.exact_layers[name + SUFFIX] = self.layers[name + SUFFIX]
+
+    def pages(self, spec: AttentionSpec, vllm_config: VllmConfig) -> PageGeometry:
+        """The pages of the two caches, chosen when the first layer asks with its dense `spec`."""
+        if self.geometry is None:
+            dense_bytes = spec.page_size_bytes // spec.block_size
+            stored = self.largest_bytes_per_token
+            if shares_pool(vllm_config):
+                compacted = shared_pool_spec(spec, stored)
+                self.geometry = PageGeometry(
+                    compacted.block_size,
+                    spec.block_size,
+                    spec.page_size_bytes,
+                    stored,
+                    dense_bytes,
+                )
+            else:
+                cache = vllm_config.cache_config
+                chosen = spec.block_size if cache.user_specified_block_size else None
+                self.geometry = page_geometry(stored, dense_bytes, chosen)
+        return self.geometry
+
+    @property
     def largest_bytes_per_token(self) -> int:
         """Of this rank's layers; ranks agree."""
         layouts = self.pack.header.layouts()
         return max(shard_layout(x, self.tp_size, self.tp_rank).bytes_per_token for x in layouts)
 
-    def report(self, spec: AttentionSpec, num_blocks: int, shared: bool) -> None:
-        """Logs once what the cache of this worker holds.
-
-        Args:
-            spec: of one compacted layer, as vLLM allocated it.
-            num_blocks: of the pool.
-            shared: see `shares_pool`.
+    def report(self, spec: AttentionSpec, vllm_config: VllmConfig) -> None:
+        """Logs once what the cache of this worker holds; `spec` is that of one compacted layer.
 
         Raises:
             PackMismatchError: the pack has layers that the model lacks.
@@ -119,12 +184,13 @@ class EngineState:
             )
         layouts = [codec.layout for codec in self.codecs.values()]
         dense = sum(layout.dense_bytes_per_token for layout in layouts)
-        if shared:
+        stored = sum(layout.bytes_per_token for layout in layouts)
+        num_blocks = vllm_config.cache_config.num_gpu_blocks or 0
+        room = f"{num_blocks * spec.block_size} tokens fit"
+        shared = shares_pool(vllm_config)
+        if shared or self.geometry is not None:
             stored = len(layouts) * spec.page_size_bytes / spec.block_size
-            room = "pages shared with dense layers"
-        else:
-            stored = sum(layout.bytes_per_token for layout in layouts)
-            room = f"{num_blocks * spec.block_size} tokens fit"
+            room = "pages shared with dense layers" if shared else "pages shared with exact tokens"
         logger.info(
             "AttentionPack: %.2fx compacted KV cache, %d -> %d bytes per token, %s "
             "(%d blocks of %d)",
@@ -134,4 +200,29 @@ class EngineState:
             room,
             num_blocks,
             spec.block_size,
+        )
+        if self.geometry is not None:
+            self._report_exact_cache(self.geometry, vllm_config)
+
+    def _report_exact_cache(self, pages: PageGeometry, vllm_config: VllmConfig) -> None:
+        longest = vllm_config.model_config.max_model_len
+        margin = in_flight_tokens(vllm_config)
+        logger.info(
+            "AttentionPack: exact are the first %d and the last %d tokens of a request, in at most "
+            "%d blocks of %d tokens beside the %d of %d that %d tokens take; padding is %.1f %% of "
+            "the compacted pages and %.1f %% of the exact ones; a request of %d tokens takes "
+            "%.2f times less than densely",
+            self.sinks,
+            self.window,
+            exact_blocks(pages.exact_block_size, self.sinks, self.window, margin),
+            pages.exact_block_size,
+            -(-longest // pages.block_size),
+            pages.block_size,
+            longest,
+            100 * pages.padding,
+            100 * pages.exact_padding,
+            longest,
+            longest
+            * pages.exact_bytes_per_token
+            / pages.request_bytes(longest, self.sinks, self.window, margin),
         )

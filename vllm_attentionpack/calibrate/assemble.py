@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from vllm_attentionpack.calibrate.moments import LayerMoments
-from vllm_attentionpack.codec.allocate import UnitCurve, allocate, unit_curve
+from vllm_attentionpack.codec.allocate import MAX_PAGE_SIZE_CLASSES, UnitCurve, allocate, unit_curve
 from vllm_attentionpack.codec.codec import Basis
 from vllm_attentionpack.codec.layout import (
     DENSE_BYTES,
@@ -125,6 +125,7 @@ def assemble(
     heads_per_group: int,
     regularization: float,
     layer_weights: Sequence[float] | None = None,
+    max_page_sizes: int = MAX_PAGE_SIZE_CLASSES,
 ) -> tuple[tuple[LayerHeader, ...], list[LayerPack]]:
     """Chooses bases, ranks and bits.
 
@@ -134,6 +135,7 @@ def assemble(
         heads_per_group: `G`, as the moments were gathered.
         regularization: see `codec.transform.principal_basis`.
         layer_weights: the price of each layer's relative distortion; all alike by default.
+        max_page_sizes: see `codec.allocate.allocate`.
 
     Raises:
         BudgetError: the ratio cannot be met.
@@ -154,7 +156,9 @@ def assemble(
         for of_layer in bases
     ]
     weights = [price / output_energy(layer) for price, layer in zip(prices, layers, strict=True)]
-    chosen = allocate(curves, weights, bytes_per_token, [budget.fixed_bytes] * num_layers)
+    chosen = allocate(
+        curves, weights, bytes_per_token, [budget.fixed_bytes] * num_layers, max_page_sizes
+    )
     headers, packs = [], []
     for layer, of_layer, (counts, size) in zip(layers, bases, chosen, strict=True):
         header, pack = _layer(layer.name, of_layer, counts, size)

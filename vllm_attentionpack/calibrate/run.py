@@ -65,6 +65,7 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
     from vllm_attentionpack.attention.fingerprint import fingerprint
     from vllm_attentionpack.calibrate.assemble import Budget, assemble
     from vllm_attentionpack.calibrate.collector import Collector
+    from vllm_attentionpack.codec.allocate import MAX_PAGE_SIZE_CLASSES
 
     (collector,) = llm.apply_model(lambda model: Collector.install(model, settings.group_size))
     # A pack is about the layers that it covers; those with other attention are not among them.
@@ -101,6 +102,7 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
         heads_per_group=collector.heads_per_group,
         regularization=settings.regularization,
         layer_weights=settings.layer_weights,
+        max_page_sizes=1 if settings.sinks or settings.window else MAX_PAGE_SIZE_CLASSES,
     )
     header = PackHeader(
         format_version=FORMAT_VERSION,
@@ -110,6 +112,8 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
         num_modalities=modalities,
         ratio=settings.ratio,
         max_context=max_context,
+        sinks=settings.sinks,
+        window=settings.window,
         layers=layers,
     )
     return Pack(header, packs)

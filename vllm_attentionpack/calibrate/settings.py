@@ -9,6 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 from vllm_attentionpack.errors import ConfigError
 
+#: Measured (docs/log.md): the least that brings most of what exact tokens bring.
+DEFAULT_SINKS = 4
+DEFAULT_WINDOW = 32
+
 
 class CalibrateSettings(BaseModel):
     """Everything that decides what comes out of a calibration.
@@ -29,6 +33,9 @@ class CalibrateSettings(BaseModel):
             when at least `run.MIN_VISUAL_TOKENS` were seen.
         regularization: see `codec.transform.principal_basis`.
         layer_weights: price of each layer's relative distortion; None prices all alike.
+        sinks: tokens at the start of a request to keep exact, a recommendation to the server.
+        window: tokens at its end to keep exact, the newest included; likewise. With either, all
+            layers get pages of one size, which they share with the exact tokens.
         engine: further arguments of `vllm.LLM`.
     """
 
@@ -45,6 +52,8 @@ class CalibrateSettings(BaseModel):
     modalities: Literal["auto", 1, 2] = "auto"
     regularization: PositiveFloat = 1e-2
     layer_weights: tuple[PositiveFloat, ...] | None = None
+    sinks: int = Field(default=DEFAULT_SINKS, ge=0)
+    window: int = Field(default=DEFAULT_WINDOW, ge=0)
     engine: dict[str, Any] = {}
 
 

@@ -126,11 +126,12 @@ def allocate(
     layer_weights: Sequence[float],
     bytes_per_token: float,
     fixed_bytes: Sequence[int],
+    max_page_sizes: int = MAX_PAGE_SIZE_CLASSES,
 ) -> list[tuple[list[PlaneCounts], int]]:
     """Chooses plane counts for every unit of every layer.
 
     First the whole budget is filled over all layers at once, which gives each layer its ideal
-    size; then sizes are merged into at most `MAX_PAGE_SIZE_CLASSES`, rounded so that their sum
+    size; then sizes are merged into at most `max_page_sizes` classes, rounded so that their sum
     keeps to the budget, and each layer is filled again to the size of its class.
 
     Args:
@@ -138,6 +139,7 @@ def allocate(
         layer_weights: per-layer price of distortion.
         bytes_per_token: budget of the whole model in bytes per token, scales and padding included.
         fixed_bytes: bytes per token of each layer that are not codes (scales).
+        max_page_sizes: 1 where an exact cache shares the pool, whose pages are all alike.
 
     Returns:
         For each layer the plane counts of its units and its bytes per token (of its class).
@@ -161,7 +163,9 @@ def allocate(
         PLANE_QUANTUM * sum(next(spent) for _ in units) + fixed
         for units, fixed in zip(layers, fixed_bytes, strict=True)
     ]
-    sizes = _page_size_classes(ideal, layers, fixed_bytes, int(bytes_per_token))
+    sizes = _page_size_classes(
+        ideal, layers, fixed_bytes, int(bytes_per_token), min(max_page_sizes, len(layers))
+    )
     result = []
     for units, fixed, size in zip(layers, fixed_bytes, sizes, strict=True):
         quanta = fill(units, [1.0] * len(units), (size - fixed) // PLANE_QUANTUM)
@@ -174,11 +178,12 @@ def _page_size_classes(
     layers: Sequence[Sequence[UnitCurve]],
     fixed_bytes: Sequence[int],
     budget: int,
+    classes: int,
 ) -> list[int]:
     """Merges the ideal bytes per token of each layer into few sizes whose sum is <= `budget`."""
     order = np.argsort(ideal, kind="stable")
     sizes = np.asarray(ideal)[order]
-    bounds = _segments(sizes, min(MAX_PAGE_SIZE_CLASSES, len(sizes)))
+    bounds = _segments(sizes, classes)
     result = [0] * len(ideal)
     members = []
     for start, stop in bounds:

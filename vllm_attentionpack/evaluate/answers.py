@@ -88,7 +88,7 @@ def run_engine(
         vocabulary = llm.model_config.get_vocab_size()
         return Answers(
             generated=_generate(llm, items),
-            scored=_score(llm, items, min(top_logprobs, vocabulary)),
+            scored=score(llm, items, min(top_logprobs, vocabulary)),
             kv_tokens=cache.kv_cache_size_tokens or 0,
         )
     finally:
@@ -116,7 +116,14 @@ def _generate(llm: "LLM", items: Sequence[Item]) -> list[str | None]:
     return answers
 
 
-def _score(llm: "LLM", items: Sequence[Item], top: int) -> list[Scored | None]:
+def score(llm: "LLM", items: Sequence[Item], top: int) -> list[Scored | None]:
+    """Teacher forcing: the distributions at the answer of each chat and in each text.
+
+    Args:
+        llm: a running engine.
+        items: chats and texts; None is returned for those with nothing to score.
+        top: `K` of `Scored`.
+    """
     from vllm import SamplingParams
 
     renderer = PromptRenderer(llm)

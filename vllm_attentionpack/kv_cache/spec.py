@@ -8,19 +8,34 @@ from torch import Tensor
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_attentionpack.codec.layout import LayerLayout, check_block_size
+from vllm_attentionpack.kv_cache.pages import PageGeometry
 
 Spec = TypeVar("Spec", bound=AttentionSpec)
 
 
-def compacted_spec(spec: Spec, layout: LayerLayout) -> Spec:
+def compacted_spec(spec: Spec, layout: LayerLayout, pages: PageGeometry | None = None) -> Spec:
     """The spec of a layer whose tokens take `layout.bytes_per_token` bytes.
 
     vLLM's page is `[head slots, S, bytes]`; a plane-major block has no per-token struct, so it is
     declared as one slot of raw bytes, which vLLM allocates as one contiguous run per block.
+
+    Args:
+        spec: the dense spec of the layer.
+        layout: of its tokens.
+        pages: those that an exact cache prescribes: the same for all layers, since each size more
+            would be a block table more. None keeps the block size of `spec`.
     """
-    check_block_size(spec.block_size)
-    return replace(
+    check_block_size(spec.block_size if pages is None else pages.block_size)
+    raw = replace(
         spec, num_head_slots=1, state_content_bytes=layout.bytes_per_token, dtype=torch.uint8
+    )
+    if pages is None:
+        return raw
+    return replace(
+        raw,
+        block_size=pages.block_size,
+        state_content_bytes=pages.bytes_per_token,
+        page_size_padded=pages.page_bytes,
     )
 
 
@@ -48,6 +63,6 @@ def shared_pool_spec(spec: Spec, bytes_per_token: int) -> Spec:
 def block_view(kv_cache: Tensor) -> Tensor:
     """vLLM's view of a layer's cache, `[num_blocks, 1, S, bytes]`, as `[num_blocks, S * bytes]`.
 
-    Raises `RuntimeError` where blocks are not contiguous, rather than copying.
+    Blocks may be padded. Raises `RuntimeError` where they are not contiguous, rather than copying.
     """
     return kv_cache.view(kv_cache.shape[0], -1)

@@ -1,11 +1,19 @@
 """Compute on compacted pages: one name per op, the plain PyTorch reference behind each for now.
 
-The request path of one attention layer, in order: `store_kv` (new tokens into pages),
-`absorb_query`, `paged_attention` (over the codes), `up_project`, and `fresh_attention` with
-`merge_attention` where the tokens of this step attend to each other exactly. Imports no vLLM.
+The request path of one attention layer, in order: `store_kv` and `store_exact` (new tokens into
+pages); `fresh_attention` (the tokens of this step to each other), `exact_attention` (to exact sinks
+and recent tokens), `absorb_query`, `paged_attention` and `up_project` (to the codes of all others);
+`merge_attention`. Imports no vLLM.
 """
 
 from vllm_attentionpack.ops.batch import QueryBatch, Segment
+from vllm_attentionpack.ops.exact import (
+    ExactTokens,
+    exact_attention,
+    locate_exact,
+    recent_attention,
+    store_exact,
+)
 from vllm_attentionpack.ops.fresh import fresh_attention, merge_attention
 from vllm_attentionpack.ops.reference import (
     AbsorbedQuery,
@@ -19,12 +27,17 @@ from vllm_attentionpack.ops.reference import (
 __all__ = [
     "AbsorbedQuery",
     "AttendedLatent",
+    "ExactTokens",
     "QueryBatch",
     "Segment",
     "absorb_query",
+    "exact_attention",
     "fresh_attention",
+    "locate_exact",
     "merge_attention",
     "paged_attention",
+    "recent_attention",
+    "store_exact",
     "store_kv",
     "up_project",
 ]

@@ -53,19 +53,20 @@ def _causal_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Ten
     return ((logits - lse[..., None]).exp() @ v.float()).to(q.dtype), lse
 
 
-def merge_attention(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) -> Tensor:
-    """Attention over two disjoint sets of keys from the attention over each.
+def merge_attention(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over disjoint sets of keys from the attention over each.
 
     Args:
-        first: `[T, H, D]`, normalised output over the first set.
-        first_lse: float32 `[T, H]`, its log-sum-exp; `-inf` where the set is empty.
-        second: `[T, H, D]`.
-        second_lse: float32 `[T, H]`. At least one set is not empty.
+        parts: of each set the normalised output `[T, H, D]` and the natural log-sum-exp of its
+            logits, float32 `[T, H]`; `-inf` where the set is empty.
 
     Returns:
-        float32 `[T, H, D]`.
+        The same of all sets together, float32; zero where all are empty.
     """
-    total = torch.logaddexp(first_lse, second_lse)
-    first_share = (first_lse - total).exp()[..., None]
-    second_share = (second_lse - total).exp()[..., None]
-    return first.float() * first_share + second.float() * second_share
+    lse = torch.stack([part_lse for _, part_lse in parts])
+    total = lse.logsumexp(0)
+    shares = (lse - torch.where(total.isinf(), 0.0, total)).exp()
+    out = sum(
+        share[..., None] * part_out for share, (part_out, _) in zip(shares, parts, strict=True)
+    )
+    return out, total

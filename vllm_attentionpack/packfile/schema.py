@@ -92,6 +92,8 @@ class PackHeader(_Frozen):
         ratio: the compression ratio that was asked for.
         max_context: positions over which the rotated statistics were averaged; contexts beyond
             it are served with a warning.
+        sinks: tokens at the start of a request that are best kept exact (advice to the server).
+        window: tokens at its end likewise, the newest included.
         layers: in the order of the model.
     """
 
@@ -102,6 +104,8 @@ class PackHeader(_Frozen):
     num_modalities: Annotated[int, Field(ge=1, le=2)]
     ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     max_context: PositiveInt
+    sinks: Count = 0
+    window: Count = 0
     layers: tuple[LayerHeader, ...]
 
     def layouts(self) -> list[LayerLayout]:

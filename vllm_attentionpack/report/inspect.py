@@ -1,12 +1,17 @@
 """What a pack holds, for people (a table) and for programs (JSON)."""
 
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 from vllm_attentionpack.codec.layout import KINDS, GroupLayout, LayerLayout, PlaneCounts
+from vllm_attentionpack.kv_cache.pages import PageGeometry, page_geometry
 from vllm_attentionpack.packfile.schema import PackHeader
+
+#: Context lengths for which the inspection states what exact tokens cost.
+_CONTEXTS = (2048, 32768)
 
 
 def pack_facts(header: PackHeader) -> dict[str, Any]:
@@ -16,6 +21,7 @@ def pack_facts(header: PackHeader) -> dict[str, Any]:
         "bytes_per_token": header.bytes_per_token,
         "dense_bytes_per_token": header.dense_bytes_per_token,
         "compression_ratio": header.compression_ratio,
+        "pages": asdict(pack_pages(header)),
         "layers": [
             {
                 "name": layer.name,
@@ -62,6 +68,7 @@ def _header_table(header: PackHeader, facts: dict[str, Any]) -> Table:
         "compression": f"{facts['compression_ratio']:.2f}x (asked for {header.ratio:g}x): "
         f"{header.bytes_per_token} of {header.dense_bytes_per_token} bytes per token",
         "modalities": "text and visual" if header.num_modalities == 2 else "all tokens alike",
+        "exact tokens": _exact_tokens(header),
         "max context": f"{header.max_context:,} tokens",
         "calibrated on": f"{provenance.tokens:,} tokens, {provenance.visual_tokens:,} visual "
         f"(data {provenance.data_sha256[:12]}, seed {provenance.seed})",
@@ -71,6 +78,29 @@ def _header_table(header: PackHeader, facts: dict[str, Any]) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _exact_tokens(header: PackHeader) -> str:
+    if not header.sinks and header.window < 2:
+        return "none"
+    pages = pack_pages(header)
+    ratios = ", ".join(
+        f"{tokens * pages.exact_bytes_per_token / pages.request_bytes(tokens, *kept):.2f}x at "
+        f"{tokens:,} tokens"
+        for kept in [(header.sinks, header.window)]
+        for tokens in _CONTEXTS
+    )
+    return (
+        f"first {header.sinks}, last {header.window} (advice to the server): {ratios}; blocks of "
+        f"{pages.block_size} and {pages.exact_block_size} tokens, padding {pages.padding:.1%} and "
+        f"{pages.exact_padding:.1%}"
+    )
+
+
+def pack_pages(header: PackHeader) -> PageGeometry:
+    """The pages that a server of a bfloat16 model takes for this pack by default."""
+    dense = header.dense_bytes_per_token // len(header.layers)
+    return page_geometry(max(layer.bytes_per_token for layer in header.layers), dense)
 
 
 def _layer_table(facts: dict[str, Any]) -> Table:

@@ -1,0 +1,172 @@
+"""Exact sinks and recent tokens beside the codes, against dense attention on both."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.cases import random_codec
+from tests.support.oracle import attend
+from tests.support.paging import PagedBatch, paged_batch
+from vllm_attentionpack.ops import (
+    ExactTokens,
+    absorb_query,
+    exact_attention,
+    fresh_attention,
+    locate_exact,
+    merge_attention,
+    paged_attention,
+    recent_attention,
+    store_exact,
+    up_project,
+)
+from vllm_attentionpack.ops.exact import NULL_BLOCK
+
+CONTEXTS = [0, 1, 3, 15, 16, 17, 33, 70, 70, 0]
+FRESH = [5, 1, 1, 1, 3, 1, 1, 20, 1, 1]
+BLOCK = 4
+SCALE = 0.2
+
+
+def exact_pages(
+    case: PagedBatch, sinks: int, window: int, missing: dict[int, set[int]]
+) -> tuple[Tensor, Tensor]:
+    """An exact cache of the context: pages full of NaN but for the tokens that have a place.
+
+    As the block manager does, blocks outside sinks and window are null, and so are those in
+    `missing` (blocks by request). Returns pages and block table.
+    """
+    heads, dims = case.key[0].shape[1:]
+    blocks = [-(-n // BLOCK) for n in case.contexts]
+    order = (torch.randperm(sum(blocks) + 2) + 1).tolist()
+    pages = torch.full((len(order) + 1, BLOCK, 2, heads, dims), torch.nan)
+    table = torch.zeros(len(blocks), max(blocks) + 1, dtype=torch.int32)
+    for row, (context, count) in enumerate(zip(case.contexts, blocks, strict=True)):
+        sink_blocks = -(-sinks // BLOCK)
+        recent = max(context - window + 1, 0) // BLOCK if window > 1 else count
+        for index in range(count):
+            wanted = index < sink_blocks or index >= recent
+            if wanted and index not in missing.get(row, ()):
+                table[row, index] = order.pop()
+        position = torch.arange(context)
+        slots = table[row, position // BLOCK].long() * BLOCK + position % BLOCK
+        store_exact(case.key[row][:context], case.value[row][:context], pages, slots)
+    return pages, table
+
+
+def codes(case, codec, starts, stops, causal):
+    attended = paged_attention(
+        absorb_query(case.query, codec, SCALE),
+        case.kv_cache,
+        case.block_table,
+        starts,
+        stops,
+        case.batch,
+        codec,
+        case.block_size,
+        causal,
+    )
+    return up_project(attended, codec), attended.lse
+
+
+def expected_tokens(case: PagedBatch, table: Tensor, row: int, sinks: int, window: int) -> Tensor:
+    """Which context tokens of a request must be read exactly, token by token."""
+    context = case.contexts[row]
+    held = [bool(table[row, p // BLOCK] != NULL_BLOCK) for p in range(context)]
+    kept = [p < sinks and all(held[: p + 1]) for p in range(context)]
+    for p in range(context):
+        if p > context - window and all(held[p:]):
+            kept[p] = True
+    return torch.tensor(kept, dtype=torch.bool)
+
+
+def assert_close(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
+    scale = want[0].abs().max().item()
+    assert (got[0] - want[0]).abs().max().item() < 2e-5 * scale + 1e-5
+    assert (got[1] - want[1]).abs().max().item() < 1e-4
+
+
+MISSING = {7: {0}, 8: {15, 16}, 6: {8}}
+
+
+@pytest.mark.parametrize(("sinks", "window"), [(4, 8), (0, 5), (3, 0), (6, 1), (1, 100), (40, 40)])
+@pytest.mark.parametrize("missing", [{}, MISSING])
+def test_each_token_is_read_once(sinks, window, missing):
+    """New tokens exact, of the context sinks and window: one softmax over all."""
+    codec = random_codec(2, 2, 32)
+    case = paged_batch(codec, 4, CONTEXTS, FRESH, 16)
+    pages, table = exact_pages(case, sinks, window, missing)
+    tokens = locate_exact(table, case.context_lens, BLOCK, sinks, window)
+    exact = [
+        torch.cat([expected_tokens(case, table, row, sinks, window), torch.ones(n).bool()])
+        for row, n in enumerate(case.fresh)
+    ]
+    assert tokens.present.sum(1).tolist() == [
+        int(kept[:context].sum()) for kept, context in zip(exact, case.contexts, strict=True)
+    ]
+    got = merge_attention(
+        fresh_attention(case.query, case.fresh_key(), case.fresh_value(), case.batch, SCALE),
+        exact_attention(case.query, pages, tokens, case.batch, SCALE),
+        codes(case, codec, tokens.starts, tokens.stops, causal=False),
+    )
+    assert_close(got, attend(codec, case, SCALE, lambda row, _: exact[row]))
+
+
+@pytest.mark.parametrize(("sinks", "window"), [(4, 8), (0, 5), (3, 0), (2, 1), (1, 100)])
+def test_new_tokens_as_later_ones_see_them(sinks, window):
+    """Each query has its own window among the new tokens; older ones are codes already."""
+    codec = random_codec(2, 2, 32)
+    case = paged_batch(codec, 4, CONTEXTS, FRESH, 16)
+    pages, table = exact_pages(case, sinks, window, {})
+    several = torch.tensor([n > 1 for n in case.fresh])
+    located = locate_exact(table, case.context_lens, BLOCK, sinks, window)
+    tokens = located.without_window(several, case.context_lens)
+
+    def exact(row: int, position: int) -> Tensor:
+        index = torch.arange(case.contexts[row] + case.fresh[row])
+        kept = (index < sinks) | ((index > position - window) & (index <= position))
+        if several[row]:
+            kept &= (index < sinks) | (index >= case.contexts[row])
+        return kept
+
+    starts = case.context_lens.clamp(min=sinks)
+    got = merge_attention(
+        recent_attention(
+            case.query,
+            case.fresh_key(),
+            case.fresh_value(),
+            case.batch,
+            SCALE,
+            case.context_lens,
+            sinks,
+            window,
+        ),
+        codes(case, codec, starts, case.seq_lens - window, causal=True),
+        exact_attention(case.query, pages, tokens, case.batch, SCALE),
+        codes(case, codec, tokens.starts, tokens.stops, causal=False),
+    )
+    assert_close(got, attend(codec, case, SCALE, exact))
+
+
+def test_nothing_cached():
+    case = paged_batch(random_codec(2, 1, 32), 4, [0, 0], [2, 1], 16)
+    table = torch.zeros(2, 1, dtype=torch.int32)
+    tokens = locate_exact(table, case.context_lens, BLOCK, 4, 8)
+    assert isinstance(tokens, ExactTokens) and not tokens.present.any()
+    assert tokens.starts.tolist() == tokens.stops.tolist() == [0, 0]
+    pages = torch.full((1, BLOCK, 2, 2, 32), torch.nan)
+    out, lse = exact_attention(case.query, pages, tokens, case.batch, SCALE)
+    assert lse.isneginf().all() and not out.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_store_keeps_every_bit(dtype):
+    """Into padded pages, as vLLM may lay them out."""
+    storage = torch.zeros(5, BLOCK * 2 * 3 * 8 + 7, dtype=dtype)
+    pages = storage[:, : BLOCK * 2 * 3 * 8].unflatten(1, (BLOCK, 2, 3, 8))
+    key, value = torch.randn(2, 4, 3, 8).to(dtype)
+    store_exact(key, value, pages, torch.tensor([9, -1, 2, 12]))
+    assert torch.equal(pages[2, 1, 0], key[0]) and torch.equal(pages[2, 1, 1], value[0])
+    assert torch.equal(pages[3, 0, 0], key[3]) and torch.equal(pages[3, 0, 1], value[3])
+    written = pages.flatten(2).any(-1)
+    assert written[1:].sum() == 2, "padding and null slots touch the null block only"
+    assert not storage[:, BLOCK * 2 * 3 * 8 :].any()

@@ -1,0 +1,137 @@
+"""The second cache of a compacted layer: exact sinks and recent tokens.
+
+vLLM gives a cache to every attention layer of the model, so each compacted layer gets a companion
+that computes nothing and owns the exact cache. Its metadata holds what is the same for all layers:
+where the exact tokens of this step lie, and between them the range that is read from the codes.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+
+from vllm_attentionpack.attention.state import EngineState, in_flight_tokens
+from vllm_attentionpack.kv_cache.exact import ExactWindowSpec
+from vllm_attentionpack.ops.exact import ExactTokens, locate_exact
+
+
+@dataclass
+class ExactWindowMetadata(AttentionMetadata):
+    """One step of the exact cache: the cached tokens that are read from it."""
+
+    tokens: ExactTokens
+
+
+class ExactWindowMetadataBuilder(AttentionMetadataBuilder[ExactWindowMetadata]):
+    """Builds `ExactWindowMetadata`."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        assert isinstance(kv_cache_spec, ExactWindowSpec)
+        self.spec = kv_cache_spec
+        layers = get_layers_from_vllm_config(vllm_config, ExactWindowLayer, layer_names)
+        self.exact_prefill = next(iter(layers.values())).state.config.exact_prefill
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+        **_: Any,
+    ) -> ExactWindowMetadata:
+        common = common_attn_metadata
+        context_lens = common.compute_num_computed_tokens()
+        tokens = locate_exact(
+            common.block_table_tensor,
+            context_lens,
+            self.spec.block_size,
+            self.spec.sinks,
+            self.spec.window,
+        )
+        if not self.exact_prefill:
+            # Queries of one step see different windows; those of a chunk find theirs in it.
+            starts = common.query_start_loc
+            tokens = tokens.without_window(starts[1:] - starts[:-1] > 1, context_lens)
+        return ExactWindowMetadata(tokens)
+
+
+class ExactWindowBackend(AttentionBackend):
+    """What vLLM must know of the exact cache to allocate it; it is never called."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
+
+    @staticmethod
+    def get_name() -> str:
+        return "ATTENTIONPACK_EXACT"
+
+    @staticmethod
+    def get_impl_cls() -> Any:
+        raise NotImplementedError("the exact cache has no attention of its own")
+
+    @staticmethod
+    def get_builder_cls() -> type[ExactWindowMetadataBuilder]:
+        return ExactWindowMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(
+        kv_cache_spec: AttentionSpec | None = None,
+    ) -> list[int | MultipleOf]:
+        return [MultipleOf(1)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBHNC,)
+
+
+class ExactWindowLayer(AttentionLayerBase):
+    """Owns the exact cache of one compacted attention layer."""
+
+    def __init__(self, owner: Attention, state: EngineState) -> None:
+        self.state = state
+        self.num_heads = owner.num_heads
+        self.num_kv_heads = owner.num_kv_heads
+        self.head_size = owner.head_size
+        self.dtype = owner.kv_cache_torch_dtype
+        self.kv_cache = torch.tensor([])
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return ExactWindowBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> ExactWindowSpec:
+        state, geometry = self.state, self.state.geometry
+        assert geometry is not None, "vLLM asks for companions after the layers themselves"
+        return ExactWindowSpec(
+            block_size=geometry.exact_block_size,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            dtype=self.dtype,
+            num_head_slots=1,
+            state_content_bytes=geometry.exact_bytes_per_token,
+            page_size_padded=geometry.page_bytes,
+            sinks=state.sinks,
+            window=state.window,
+            margin=in_flight_tokens(vllm_config),
+        )
+
+    def pages(self) -> Tensor:
+        """The cache as `[num_blocks, S, 2, Hk, D]`."""
+        return self.kv_cache[:, 0].unflatten(-1, (2, self.num_kv_heads, self.head_size))
