@@ -10,6 +10,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_attentionpack.attention.prefill import FreshAttention, select_prefill
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.config import ServeConfig, serve_config
 from vllm_attentionpack.errors import PackMismatchError
@@ -59,6 +60,8 @@ class EngineState:
     num_stages: int
     device: torch.device
     ops: Ops
+    ops_name: str
+    fresh_attention: FreshAttention
     layers: dict[str, Any]
     codecs: dict[str, LayerCodec] = field(default_factory=dict)
     exact_layers: "dict[str, ExactWindowLayer]" = field(default_factory=dict)
@@ -82,7 +85,14 @@ class EngineState:
             name, ops, passed_over = select_ops(config.ops, device)
             for other, reason in passed_over.items():
                 logger.info("AttentionPack: the ops '%s' cannot be used: %s", other, reason)
-            logger.info("AttentionPack: attention runs on the ops '%s'", name)
+            prefill, fresh_attention = select_prefill(
+                config.prefill, device, vllm_config.model_config.dtype
+            )
+            logger.info(
+                "AttentionPack: attention runs on the ops '%s', among new tokens on '%s'",
+                name,
+                prefill,
+            )
             state = cls(
                 config,
                 pack,
@@ -91,6 +101,8 @@ class EngineState:
                 num_stages=vllm_config.parallel_config.pipeline_parallel_size,
                 device=device,
                 ops=ops,
+                ops_name=name,
+                fresh_attention=fresh_attention,
                 layers=vllm_config.compilation_config.static_forward_context,
             )
             object.__setattr__(vllm_config, _ATTRIBUTE, state)

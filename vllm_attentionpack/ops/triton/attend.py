@@ -8,6 +8,7 @@ from vllm_attentionpack.ops.triton.unpack import (
     plane_addresses,
     scale_of,
     sub_plane,
+    sub_planes,
     widen,
 )
 
@@ -43,6 +44,7 @@ def attend_kernel(
     K_BITS: tl.constexpr,
     K_START: tl.constexpr,
     K_SIZE: tl.constexpr,
+    K_WIDTH: tl.constexpr,
     K_FULL: tl.constexpr,
     K_COLUMN: tl.constexpr,
     K_OPERAND: tl.constexpr,
@@ -51,7 +53,9 @@ def attend_kernel(
     V_BITS: tl.constexpr,
     V_START: tl.constexpr,
     V_SIZE: tl.constexpr,
+    V_WIDTH: tl.constexpr,
     V_FULL: tl.constexpr,
+    V_JOINED: tl.constexpr,
     V_COLUMN: tl.constexpr,
     V_OPERAND: tl.constexpr,
     V_ALIGN: tl.constexpr,
@@ -78,8 +82,8 @@ def attend_kernel(
     # The share of this split, in whole tiles; splits beyond the context have none.
     start = 0
     if HAS_STARTS:
-        start = tl.load(starts + request)
-    stop = tl.load(stops + request)
+        start = tl.load(starts + request).to(tl.int32)
+    stop = tl.load(stops + request).to(tl.int32)
     if CAUSAL:
         row_stop = stop - length + 1 + position
         last = tl.minimum(length - 1, (query_tile * ROWS + ROWS - 1) // HEADS)
@@ -109,8 +113,8 @@ def attend_kernel(
 
     attended = ()
     for i in tl.static_range(len(V_BITS)):
-        for _ in tl.static_range(8 // V_BITS[i]):
-            attended = attended + (tl.zeros((V_SIZE[i], ROWS), tl.float32),)
+        for _ in tl.static_range(8 // V_BITS[i] // V_JOINED[i]):
+            attended = attended + (tl.zeros((V_SIZE[i] * V_JOINED[i], ROWS), tl.float32),)
     top = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     token_of = tl.arange(0, TILE)
@@ -158,7 +162,7 @@ def attend_kernel(
             dots = tl.zeros((TILE, ROWS), tl.float32)
             for i in tl.static_range(len(K_BITS)):
                 data = load_plane(
-                    base + k_at[2 * i + 1], k_at[2 * i], within, K_START[i], K_SIZE[i], K_FULL[i]
+                    base + k_at[2 * i + 1], K_WIDTH[i], k_at[2 * i], within, K_START[i], K_SIZE[i], K_FULL[i]
                 )
                 wide = widen(data)
                 for sub in tl.static_range(8 // K_BITS[i]):
@@ -183,26 +187,23 @@ def attend_kernel(
             updated = ()
             for i in tl.static_range(len(V_BITS)):
                 data = load_plane(
-                    base + v_at[2 * i + 1], v_at[2 * i], within, V_START[i], V_SIZE[i], V_FULL[i]
+                    base + v_at[2 * i + 1], V_WIDTH[i], v_at[2 * i], within, V_START[i], V_SIZE[i], V_FULL[i]
                 )
                 wide = widen(data)
-                for sub in tl.static_range(8 // V_BITS[i]):
-                    updated = updated + (
-                        tl.dot(
-                            tl.trans(sub_plane(wide, V_BITS[i], sub)),
-                            p,
-                            attended[V_OPERAND[i] + sub] * keep[None, :],
-                        ),
-                    )
+                for part in tl.static_range(8 // V_BITS[i] // V_JOINED[i]):
+                    operand = sub_planes(wide, V_BITS[i], part * V_JOINED[i], V_JOINED[i])
+                    before = attended[V_OPERAND[i] + part] * keep[None, :]
+                    updated = updated + (tl.dot(tl.trans(operand), p, before),)
             attended = updated
 
     norm = tl.where(total > 0, 1.0 / total, 0.0)
     out = split.to(tl.int64) * num_tokens * num_groups * MODALITIES * HEADS + owner
     tl.store(sums + out, top + tl.log2(total), mask=live)
     for i in tl.static_range(len(V_BITS)):
-        for sub in tl.static_range(8 // V_BITS[i]):
-            result = attended[V_OPERAND[i] + sub] * norm[None, :]
-            dims = V_COLUMN[i] + sub * V_SIZE[i] + tl.arange(0, V_SIZE[i])
+        for part in tl.static_range(8 // V_BITS[i] // V_JOINED[i]):
+            result = attended[V_OPERAND[i] + part] * norm[None, :]
+            dims = tl.arange(0, V_SIZE[i] * V_JOINED[i])
+            dims += V_COLUMN[i] + part * V_SIZE[i] * V_JOINED[i]
             tl.store(
                 latent + (out * V_COLUMNS)[None, :] + dims[:, None],
                 result.to(tl.float16),

@@ -72,10 +72,12 @@ def store_kv(
     key, value = _heads_contiguous(key), _heads_contiguous(value)
     k, v = (prepared.encoders[kind] for kind in ("key", "value"))
     groups, modalities, dims, _ = k.basis.values.shape
-    columns = max(tiles.columns for tiles in prepared.tiles.values())
+    tiles = prepared.encoding_tiles
+    columns = max(kind.columns for kind in tiles.values())
     rows = 16 if tokens <= 64 or columns > 768 else (32 if columns > 384 else 64)
-    constants = prepared.tiles["key"].constants("K") | prepared.tiles["value"].constants("V")
-    del constants["K_FULL"], constants["V_FULL"]
+    constants = tiles["key"].constants("K") | tiles["value"].constants("V")
+    for unread in ("WIDTH", "FULL", "JOINED"):
+        del constants[f"K_{unread}"], constants[f"V_{unread}"]
     store_kernel[(-(-tokens // rows), groups, 2)](
         key,
         value,
@@ -184,6 +186,8 @@ def paged_attention(
     lse = query.mean_logit.new_empty(tokens, groups * heads)
     if not tokens:
         return PackedLatent(latent, weight, lse)
+    constants = tiles["key"].constants("K") | tiles["value"].constants("V")
+    del constants["K_JOINED"]
     attend_kernel[(requests * shape.query_tiles * shape.splits, groups * modalities)](
         query.latent,
         query.mean_logit,
@@ -209,8 +213,7 @@ def paged_attention(
         CAUSAL=causal,
         HAS_STARTS=starts is not None,
         STAGES=shape.stages,
-        **tiles["key"].constants("K"),
-        **tiles["value"].constants("V"),
+        **constants,
         num_warps=shape.warps,
     )
     block_columns = min(128, 1 << (columns - 1).bit_length())

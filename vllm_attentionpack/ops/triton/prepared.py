@@ -15,7 +15,7 @@ from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.codec.layout import KINDS, Kind
 from vllm_attentionpack.codec.quantize import step_and_distortion
 from vllm_attentionpack.errors import ConfigError
-from vllm_attentionpack.ops.triton.tiles import KindTiles, plane_table
+from vllm_attentionpack.ops.triton.tiles import ENCODING, KEYS, KindTiles, plane_table
 
 #: Accumulators of one program: value columns times rows of queries, float32.
 MAX_ACCUMULATORS = 1 << 15
@@ -85,13 +85,21 @@ class Prepared:
 
     @cached_property
     def tiles(self) -> dict[Kind, KindTiles]:
-        return {kind: KindTiles.of(self.codec.layout, kind) for kind in KINDS}
+        """The operands of attention."""
+        layout = self.codec.layout
+        return {"key": KindTiles.of(layout, "key", KEYS), "value": KindTiles.of_values(layout)}
+
+    @cached_property
+    def encoding_tiles(self) -> dict[Kind, KindTiles]:
+        """The operands of `store_kv`."""
+        return {kind: KindTiles.of(self.codec.layout, kind, ENCODING) for kind in KINDS}
 
     def planes(self, block_size: int) -> Tensor:
         """int32 `[groups, 2, 7]`, see `plane_table`."""
         if block_size not in self.tables:
+            align: dict[Kind, int] = {kind: tiles.align for kind, tiles in self.tiles.items()}
             self.tables[block_size] = plane_table(
-                self.codec.layout, self.tiles, block_size, self.device
+                self.codec.layout, align, block_size, self.device
             )
         return self.tables[block_size]
 
@@ -121,7 +129,7 @@ class Prepared:
         return {kind: self._encoder(kind) for kind in KINDS}
 
     def _encoder(self, kind: Kind) -> "Encoder":
-        layout, tiles = self.codec.layout, self.tiles[kind]
+        layout, tiles = self.codec.layout, self.encoding_tiles[kind]
         dims = layout.heads_per_group * layout.head_size
         shape = (len(layout.groups), self.codec.num_modalities, tiles.columns)
         basis = torch.zeros(*shape[:2], dims, tiles.columns, device=self.device)

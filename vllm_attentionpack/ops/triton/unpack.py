@@ -25,19 +25,26 @@ def plane_addresses(planes, BITS: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def load_plane(base, width, within, START: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr):
+def load_plane(base, WIDTH: tl.constexpr, width, within, START: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr):
     """Bytes `[tokens, SIZE]` of one piece of a plane, from byte `START` of each token on.
 
     Args:
         base: pointer or pointers `[tokens]` to the plane in the token's block.
-        width: bytes per token of the plane.
+        WIDTH: bytes per token of the plane, 0 where head groups differ: a constant saves the
+            compiler an address in registers per load.
+        width: the same at run time.
         within: int32 `[tokens]`, index of the token in its block.
         FULL: True if no group's plane is narrower than this piece.
     """
     column = START + tl.arange(0, SIZE)
-    pointers = (base + within * width)[:, None] + column[None, :]
+    if WIDTH > 0:
+        pointers = (base + within * WIDTH)[:, None] + column[None, :]
+    else:
+        pointers = (base + within * width)[:, None] + column[None, :]
     if FULL:
         return tl.load(pointers)
+    if WIDTH > 0:
+        return tl.load(pointers, mask=(column < WIDTH)[None, :], other=0)
     return tl.load(pointers, mask=(column < width)[None, :], other=0)
 
 
@@ -53,6 +60,22 @@ def sub_plane(wide, BITS: tl.constexpr, INDEX: tl.constexpr):
     KEEP: tl.constexpr = 0x6400 | (((1 << BITS) - 1) << (BITS * INDEX + 1))
     ZERO: tl.constexpr = 1024 + (((1 << BITS) - 1) << (BITS * INDEX))
     return (wide & KEEP).to(tl.float16, bitcast=True) - tl.full((), ZERO, tl.float16)
+
+
+@triton.jit
+def sub_planes(wide, BITS: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """`COUNT` (1, 2 or 4) sub-planes side by side, `[tokens, COUNT * columns]`, alternating."""
+    if COUNT == 1:
+        result = sub_plane(wide, BITS, FIRST)
+    else:
+        if COUNT == 2:
+            both = tl.join(sub_plane(wide, BITS, FIRST), sub_plane(wide, BITS, FIRST + 1))
+        else:
+            even = tl.join(sub_plane(wide, BITS, FIRST), sub_plane(wide, BITS, FIRST + 2))
+            odd = tl.join(sub_plane(wide, BITS, FIRST + 1), sub_plane(wide, BITS, FIRST + 3))
+            both = tl.join(even, odd)
+        result = tl.reshape(both, (wide.shape[0], wide.shape[1] * COUNT))
+    return result
 
 
 @triton.jit
