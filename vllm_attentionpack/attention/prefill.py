@@ -57,7 +57,9 @@ PROVIDERS: dict[str, tuple[FreshAttention, Callable[[], str | None]]] = {
 }
 
 
-def select_prefill(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[str, FreshAttention]:
+def select_prefill(
+    wanted: str, device: torch.device, dtype: torch.dtype
+) -> tuple[str, FreshAttention]:
     """Chooses the provider for an engine.
 
     Args:

@@ -92,8 +92,7 @@ def decode(layer: LayerShape, requests: int, context: int, query_len: int = 1) -
         ),
         Work(
             "paged_attention",
-            requests * context * layout.bytes_per_token
-            + tokens * latent * (key_rank + value_rank),
+            requests * context * layout.bytes_per_token + tokens * latent * (key_rank + value_rank),
             tokens * context * 2.0 * heads * (key_rank + value_rank),
         ),
         Work(

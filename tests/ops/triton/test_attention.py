@@ -90,9 +90,7 @@ def test_planes_of_odd_widths(key, value):
     codec = random_codec(2, 2, 64, key=key, value=value)
     case = paged_batch(codec, 6, [3, 90], [1, 2], 32)
     stops = case.seq_lens
-    assert_close(
-        run(kernels, codec, case, stops, True), run(reference, codec, case, stops, True)
-    )
+    assert_close(run(kernels, codec, case, stops, True), run(reference, codec, case, stops, True))
 
 
 def test_head_groups_with_different_planes():
@@ -109,9 +107,7 @@ def test_head_groups_with_different_planes():
     codec = type(wide)(layout, bases)
     case = paged_batch(codec, 4, [70, 5], [1, 1], 16)
     stops = case.seq_lens
-    assert_close(
-        run(kernels, codec, case, stops, True), run(reference, codec, case, stops, True)
-    )
+    assert_close(run(kernels, codec, case, stops, True), run(reference, codec, case, stops, True))
 
 
 @pytest.mark.parametrize("runs", [True, False])
@@ -123,13 +119,9 @@ def test_tiles_of_one_modality_are_skipped_without_loss(runs):
         position = torch.arange(length)
         visual = ((position // 400) % 2 == 1) if runs else torch.zeros(length, dtype=torch.bool)
         slots = case.block_table[row, position // 32].long() * 32 + position % 32
-        reference.store_kv(
-            case.key[row], case.value[row], case.kv_cache, slots, visual, codec, 32
-        )
+        reference.store_kv(case.key[row], case.value[row], case.kv_cache, slots, visual, codec, 32)
     stops = case.seq_lens
-    assert_close(
-        run(kernels, codec, case, stops, True), run(reference, codec, case, stops, True)
-    )
+    assert_close(run(kernels, codec, case, stops, True), run(reference, codec, case, stops, True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -36,9 +36,7 @@ def test_codes_match_the_reference(shape, visual, dtype):
     codec = random_codec(heads, group, dims, modalities, padding=3)
     generator = torch.Generator().manual_seed(1)
     tokens = 70
-    key, value = (
-        torch.randn(tokens, heads, dims, generator=generator).to(dtype) for _ in range(2)
-    )
+    key, value = (torch.randn(tokens, heads, dims, generator=generator).to(dtype) for _ in range(2))
     key[5] *= 40  # an outlier token
     mask = torch.rand(tokens, generator=generator) < 0.5 if visual else None
     slots = torch.randperm(5 * BLOCK_SIZE, generator=generator)[:tokens]

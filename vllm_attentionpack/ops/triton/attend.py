@@ -109,7 +109,6 @@ def attend_kernel(
                     other=0.0,
                 ),
             )
-    mean_logit = tl.load(mean_logits + owner, mask=live, other=0.0)
 
     attended = ()
     for i in tl.static_range(len(V_BITS)):
@@ -162,13 +161,19 @@ def attend_kernel(
             dots = tl.zeros((TILE, ROWS), tl.float32)
             for i in tl.static_range(len(K_BITS)):
                 data = load_plane(
-                    base + k_at[2 * i + 1], K_WIDTH[i], k_at[2 * i], within, K_START[i], K_SIZE[i], K_FULL[i]
+                    base + k_at[2 * i + 1],
+                    K_WIDTH[i],
+                    k_at[2 * i],
+                    within,
+                    K_START[i],
+                    K_SIZE[i],
+                    K_FULL[i],
                 )
                 wide = widen(data)
                 for sub in tl.static_range(8 // K_BITS[i]):
                     operand = sub_plane(wide, K_BITS[i], sub)
                     dots = tl.dot(operand, queries[K_OPERAND[i] + sub], dots)
-            logit = dots * scale_of(k_byte)[:, None] + mean_logit[None, :]
+            logit = dots * scale_of(k_byte)[:, None]
             seen = (token >= start) & (token < stop)
             if MODALITIES == 2:
                 seen = seen & ((k_byte >> 7) == modality)
@@ -187,7 +192,13 @@ def attend_kernel(
             updated = ()
             for i in tl.static_range(len(V_BITS)):
                 data = load_plane(
-                    base + v_at[2 * i + 1], V_WIDTH[i], v_at[2 * i], within, V_START[i], V_SIZE[i], V_FULL[i]
+                    base + v_at[2 * i + 1],
+                    V_WIDTH[i],
+                    v_at[2 * i],
+                    within,
+                    V_START[i],
+                    V_SIZE[i],
+                    V_FULL[i],
                 )
                 wide = widen(data)
                 for part in tl.static_range(8 // V_BITS[i] // V_JOINED[i]):
@@ -198,7 +209,9 @@ def attend_kernel(
 
     norm = tl.where(total > 0, 1.0 / total, 0.0)
     out = split.to(tl.int64) * num_tokens * num_groups * MODALITIES * HEADS + owner
-    tl.store(sums + out, top + tl.log2(total), mask=live)
+    # The same for all tokens of a modality, so that it counts only between modalities and outside.
+    mean_logit = tl.load(mean_logits + owner, mask=live, other=0.0)
+    tl.store(sums + out, top + tl.log2(total) + mean_logit, mask=live)
     for i in tl.static_range(len(V_BITS)):
         for part in tl.static_range(8 // V_BITS[i] // V_JOINED[i]):
             result = attended[V_OPERAND[i] + part] * norm[None, :]

@@ -98,9 +98,7 @@ class Prepared:
         """int32 `[groups, 2, 7]`, see `plane_table`."""
         if block_size not in self.tables:
             align: dict[Kind, int] = {kind: tiles.align for kind, tiles in self.tiles.items()}
-            self.tables[block_size] = plane_table(
-                self.codec.layout, align, block_size, self.device
-            )
+            self.tables[block_size] = plane_table(self.codec.layout, align, block_size, self.device)
         return self.tables[block_size]
 
     @cached_property

@@ -25,7 +25,15 @@ def plane_addresses(planes, BITS: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def load_plane(base, WIDTH: tl.constexpr, width, within, START: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr):
+def load_plane(
+    base,
+    WIDTH: tl.constexpr,
+    width,
+    within,
+    START: tl.constexpr,
+    SIZE: tl.constexpr,
+    FULL: tl.constexpr,
+):
     """Bytes `[tokens, SIZE]` of one piece of a plane, from byte `START` of each token on.
 
     Args:
