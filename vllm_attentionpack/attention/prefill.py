@@ -81,7 +81,7 @@ def select_prefill(
     if device.type != "cuda":
         if wanted not in (AUTO, "sdpa"):
             raise ConfigError(
-                f"prefill = '{wanted}' needs a CUDA device, not {device.type}; leave the option out."
+                f"prefill = '{wanted}' needs a CUDA device, not {device.type}; leave it out."
             )
         return "sdpa", fresh_attention
     reasons = []

@@ -233,23 +233,7 @@ def measure_decode(run: Run, goal: Goal, copy_rate: float) -> dict[str, Any]:
     if run.dry:
         layer, requests, context = LayerShape(4, 2, 64, 2, 8), 2, 200
     dtype = torch.float16 if run.dry else torch.bfloat16
-    pages = Pages.make(layer, requests, context, 1, run.device, dtype)
-    ours = run.seconds(lambda: pages.attend(kernels))
-    absorbed = kernels.absorb_query(pages.query, pages.codec, 0.1)
-    attend = run.seconds(
-        lambda: kernels.paged_attention(
-            absorbed,
-            pages.cache,
-            pages.table,
-            None,
-            pages.lens,
-            pages.batch,
-            pages.codec,
-            BLOCK_SIZE,
-            False,
-        )
-    )
-    del pages, absorbed
+    ours, attend = _measure_ours(run, layer, requests, context, dtype)
     dense = baselines.decode(layer, requests, context, run.device, dtype, run.seconds)
     best = _best(dense["dense"])
     best_fp8 = _best(dense["fp8"])
@@ -267,6 +251,29 @@ def measure_decode(run: Run, goal: Goal, copy_rate: float) -> dict[str, Any]:
         "share_of_copy_bandwidth": work[1].bytes / attend / copy_rate,
         "dense_bytes": dense_decode(layer, requests, context).bytes,
     }
+
+
+def _measure_ours(
+    run: Run, layer: LayerShape, requests: int, context: int, dtype: torch.dtype
+) -> tuple[float, float]:
+    """Seconds of a whole decode step, and of attention alone."""
+    pages = Pages.make(layer, requests, context, 1, run.device, dtype)
+    absorbed = kernels.absorb_query(pages.query, pages.codec, 0.1)
+
+    def attend() -> None:
+        kernels.paged_attention(
+            absorbed,
+            pages.cache,
+            pages.table,
+            None,
+            pages.lens,
+            pages.batch,
+            pages.codec,
+            BLOCK_SIZE,
+            False,
+        )
+
+    return run.seconds(lambda: pages.attend(kernels)), run.seconds(attend)
 
 
 def measure_prefill(run: Run) -> dict[str, Any]:
