@@ -13,8 +13,11 @@ from vllm_attentionpack.ops.triton.prepared import MAX_ACCUMULATORS, SMALLEST_RO
 _FEWEST_SPLIT_TOKENS = 128
 #: Queries of one program: beyond this the operands no longer fit the registers.
 _MOST_ROWS = 64
-#: Programs of the attention kernel that one multiprocessor holds at a time.
-_PROGRAMS_PER_PROCESSOR = 2
+#: Tokens of one step: two groups of four warps times the 64 rows of `wgmma`.
+_TILE = 128
+#: Up to this many value columns, four warps hold the sums of a program; one multiprocessor then
+#: has room for two programs.
+_NARROW_COLUMNS = 256
 #: Stands for the multiprocessors of a GPU where Triton's interpreter runs on a CPU.
 _INTERPRETER_PROCESSORS = 4
 
@@ -64,10 +67,11 @@ def attend_shape(
     query_tiles = -(-wanted // rows)
     requests = batch.query_start_loc.shape[0] - 1
     programs = max(1, requests * query_tiles * len(layout.groups) * modalities)
-    slots = _PROGRAMS_PER_PROCESSOR * multiprocessors(device)
+    narrow = value_columns <= _NARROW_COLUMNS
+    slots = multiprocessors(device) * (2 if narrow else 1)
     useful = -(-batch.max_seq_len // _FEWEST_SPLIT_TOKENS)
     splits = max(1, min(slots // programs, useful))
-    return AttendShape(rows, query_tiles, splits, tile=64, warps=8, stages=2)
+    return AttendShape(rows, query_tiles, splits, _TILE, warps=4 if narrow else 8, stages=2)
 
 
 @cache
