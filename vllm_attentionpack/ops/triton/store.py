@@ -167,14 +167,7 @@ def _encode(
             taken = taken - tl.load(means + modality * GROUP_DIMS + d)[None, :]
             taken = tl.where(mine[:, None], taken, 0.0).to(tl.float16)
             rows = basis + ((modality * GROUP_DIMS + d) * COLUMNS)[:, None]
-            updated = ()
-            for i in tl.static_range(len(BITS)):
-                for sub in tl.static_range(8 // BITS[i]):
-                    columns = COLUMN[i] + sub * SIZE[i] + tl.arange(0, SIZE[i])
-                    updated = updated + (
-                        tl.dot(taken, tl.load(rows + columns[None, :]), latents[OPERAND[i] + sub]),
-                    )
-            latents = updated
+            latents = _project(taken, rows, latents, BITS, SIZE, COLUMN, OPERAND)
 
     squares = tl.zeros((TOKENS,), tl.float32)
     largest = tl.zeros((TOKENS,), tl.float32)
@@ -199,18 +192,19 @@ def _encode(
         exponent = round_even(tl.log2(tl.maximum(wanted, 1e-9)) * 8.0) + 64.0
         exponent = tl.minimum(tl.maximum(exponent, 0.0), 127.0)
         scale = tl.exp2((exponent - 64.0) * 0.125)
-        error = tl.zeros((TOKENS,), tl.float32)
-        for i in tl.static_range(len(BITS)):
-            for sub in tl.static_range(8 // BITS[i]):
-                columns = COLUMN[i] + sub * SIZE[i] + tl.arange(0, SIZE[i])
-                weight = tl.load(weights + columns)[None, :]
-                if MODALITIES == 2:
-                    other = tl.load(weights + COLUMNS + columns)[None, :]
-                    weight = tl.where((seen_as == 1)[:, None], other, weight)
-                latent = scaled[OPERAND[i] + sub]
-                code = _code(latent, scale, BITS[i])
-                miss = latent - (code - 0.5 * ((1 << BITS[i]) - 1)) * scale[:, None]
-                error += tl.sum(miss * miss * weight, 1)
+        error = _weighted_error(
+            scaled,
+            scale,
+            weights,
+            seen_as,
+            TOKENS,
+            MODALITIES,
+            BITS,
+            SIZE,
+            COLUMN,
+            OPERAND,
+            COLUMNS,
+        )
         better = error < best_error
         best = tl.where(better, exponent, best)
         best_error = tl.where(better, error, best_error)
@@ -238,3 +232,57 @@ def _code(latent, scale, BITS: tl.constexpr):
     """float32 whole numbers; see `codec.quantize.to_codes`."""
     code = round_even(latent / scale[:, None] + 0.5 * ((1 << BITS) - 1))
     return tl.minimum(tl.maximum(code, 0.0), (1 << BITS) - 1.0)
+
+
+# Functions of their own, since a loop at run time may not see one name with tiles of several sizes.
+
+
+@triton.jit
+def _project(
+    x,
+    rows,
+    latents,
+    BITS: tl.constexpr,
+    SIZE: tl.constexpr,
+    COLUMN: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """`latents` plus `x` `[tokens, dims]` times the basis at the pointers `rows` `[dims, 1]`."""
+    updated = ()
+    for i in tl.static_range(len(BITS)):
+        for sub in tl.static_range(8 // BITS[i]):
+            columns = COLUMN[i] + sub * SIZE[i] + tl.arange(0, SIZE[i])
+            updated = updated + (
+                tl.dot(x, tl.load(rows + columns[None, :]), latents[OPERAND[i] + sub]),
+            )
+    return updated
+
+
+@triton.jit
+def _weighted_error(
+    latents,
+    scale,
+    weights,
+    seen_as,
+    TOKENS: tl.constexpr,
+    MODALITIES: tl.constexpr,
+    BITS: tl.constexpr,
+    SIZE: tl.constexpr,
+    COLUMN: tl.constexpr,
+    OPERAND: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """float32 `[tokens]`: what quantisation at `scale` costs; see `codec.quantize.choose_scale`."""
+    error = tl.zeros((TOKENS,), tl.float32)
+    for i in tl.static_range(len(BITS)):
+        for sub in tl.static_range(8 // BITS[i]):
+            columns = COLUMN[i] + sub * SIZE[i] + tl.arange(0, SIZE[i])
+            weight = tl.load(weights + columns)[None, :]
+            if MODALITIES == 2:
+                other = tl.load(weights + COLUMNS + columns)[None, :]
+                weight = tl.where((seen_as == 1)[:, None], other, weight)
+            latent = latents[OPERAND[i] + sub]
+            code = _code(latent, scale, BITS[i])
+            miss = latent - (code - 0.5 * ((1 << BITS[i]) - 1)) * scale[:, None]
+            error += tl.sum(miss * miss * weight, 1)
+    return error
