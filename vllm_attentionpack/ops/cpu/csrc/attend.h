@@ -27,8 +27,8 @@ constexpr int kValueVectors = 4;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLargest16 = 32767.0f, kLargest8 = 127.0f;
 // Weights of a tile go to 8 bits, for the planes of 2 bits, where the largest is at most this many
-// times their root mean square: rounding then adds less than 1.4 % to dims whose own error is 34 %.
-constexpr float kEvenWeights = 6.0f;
+// times their root mean square: rounding then adds less than 2 % to dims whose own error is 34 %.
+constexpr float kEvenWeights = 8.0f;
 // Queries go to 8 bits, for the planes of 2 bits, where that moves logits by less than this (root
 // mean square).
 constexpr float kQuadError = 0.01f;
