@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from reference_vlm.measure import measure, table
+from reference_vlm.measure import MAX_MODEL_LEN, measure, table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,9 +19,10 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "docs" / "results" / "reference_vlm_dense.json"
     )
+    parser.add_argument("--max-model-len", type=int, default=MAX_MODEL_LEN)
     parser.add_argument("--card", type=Path, help="model card whose table is replaced")
     options = parser.parse_args()
-    result = measure(options.folder, options.items)
+    result = measure(options.folder, options.items, options.max_model_len)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     if options.card:

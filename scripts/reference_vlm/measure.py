@@ -10,13 +10,14 @@ from vllm_attentionpack.report.machine import describe_machine
 
 MAX_MODEL_LEN = 2048
 MAX_IMAGES = 16
+LENGTHS = (256, 512, 1024, 2048, 4096)  # upper bounds of the prompt lengths in "by_length", tokens
 
 
 def read_items(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def measure(folder: Path, name: str) -> dict:
+def measure(folder: Path, name: str, max_model_len: int = MAX_MODEL_LEN) -> dict:
     """Score `folder`/`name`.jsonl with greedy bf16 decoding; exact match of the whole answer."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -29,7 +30,7 @@ def measure(folder: Path, name: str) -> dict:
     llm = LLM(
         str(folder / "model"),
         dtype="bfloat16",
-        max_model_len=MAX_MODEL_LEN,
+        max_model_len=max_model_len,
         enforce_eager=True,
         limit_mm_per_prompt={"image": MAX_IMAGES, "video": 0},
     )
@@ -39,23 +40,34 @@ def measure(folder: Path, name: str) -> dict:
     )
     scored = llm.generate(texts, SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0))
     right = [a.outputs[0].text == item["answer"] for item, a in zip(chats, answers, strict=True)]
+    lengths = [len(a.prompt_token_ids) for a in answers]
     return {
         "file": f"{name}.jsonl",
         "settings": {
             "dtype": "bfloat16",
             "decoding": "greedy",
             "score": "exact match of the whole answer",
-            "max_model_len": MAX_MODEL_LEN,
+            "max_model_len": max_model_len,
         },
         "machine": describe_machine(),
         "items": len(items),
-        "prompt_tokens": _spread([len(a.prompt_token_ids) for a in answers]),
+        "prompt_tokens": _spread(lengths),
         "overall": _rates({"all": list(range(len(chats)))}, right)["all"],
         "by_modality": _rates(_group(chats, lambda i: i["modality"]), right),
         "by_kind": _rates(_group(chats, lambda i: i["kind"]), right),
         "by_cell": _rates(_group(chats, _cell), right),
+        "by_length": _rates(_by_length(chats, lengths), right),
         "text": _text_loss(texts, scored),
     }
+
+
+def _by_length(items: list[dict], lengths: list[int]) -> dict[str, list[int]]:
+    """Items by kind and by the first of LENGTHS that holds their prompt."""
+    groups = defaultdict(list)
+    for i, (item, length) in enumerate(zip(items, lengths, strict=True)):
+        bound = next(bound for bound in (*LENGTHS, math.inf) if length <= bound)
+        groups[item["kind"], bound].append(i)
+    return {f"{kind}, up to {bound} tokens": groups[kind, bound] for kind, bound in sorted(groups)}
 
 
 def table(result: dict) -> str:
@@ -91,6 +103,8 @@ def _cell(item: dict) -> str:
     first, *rest = item["messages"]
     if item["kind"] == "recall":
         size = f"{first['content'].count(':')} pairs"
+    elif item["kind"] == "passage":
+        size = f"{math.ceil(len(first['content']) / 1000)}000 characters"
     else:
         size = f"{sum(part['type'] == 'image_url' for part in first['content'])} images"
     return f"{item['kind']}, {size}, {'dialogue' if rest else 'one turn'}"
