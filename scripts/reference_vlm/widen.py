@@ -41,13 +41,28 @@ def _check_shapes(narrow: nn.Module, wide: nn.Module) -> None:
             raise ValueError(f"{name} is {of(new)}, the start has {of(old)}")
 
 
+def trained_heads(seed: int, layers: int, narrow: int, wide: int) -> list[list[int]]:
+    """Per layer: which of the `wide` KV heads the `narrow` model's KV heads become.
+
+    Layer 0 keeps the slots of the positional heads.
+    """
+    rng = Random(seed)
+    return [rng.sample(range(wide), narrow) if i else list(range(narrow)) for i in range(layers)]
+
+
 class _Widening:
     def __init__(self, narrow: nn.Module, wide: nn.Module, seed: int):
-        self.narrow, self.wide, self.rng = narrow, wide, Random(seed)
+        self.narrow, self.wide = narrow, wide
         self.old, self.new = narrow.config.text_config, wide.config.text_config
         self.generator = torch.Generator().manual_seed(seed)
         gauss = self._normal(self.new.hidden_size, self.old.hidden_size)
         self.E = torch.linalg.qr(gauss).Q  # [H, h]
+        self.slots = trained_heads(
+            seed,
+            self.old.num_hidden_layers,
+            self.old.num_key_value_heads,
+            self.new.num_key_value_heads,
+        )
         # RMSNorm of E x is sqrt(H / h) times E RMSNorm(x).
         self.gain = math.sqrt(self.new.hidden_size / self.old.hidden_size)
 
@@ -64,11 +79,7 @@ class _Widening:
         layers = zip(old.language_model.layers, new.language_model.layers, strict=True)
         for index, (source, target) in enumerate(layers):
             self._mlp(source, target)
-            # Layer 0 keeps the slots of the positional heads.
-            slots = list(range(self.old.num_key_value_heads))
-            if index:
-                slots = self.rng.sample(range(self.new.num_key_value_heads), len(slots))
-            self._heads(source, target, slots, positional=index == 0)
+            self._heads(source, target, self.slots[index], positional=index == 0)
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator)
