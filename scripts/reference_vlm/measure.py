@@ -17,14 +17,16 @@ def read_items(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def measure(folder: Path, name: str, max_model_len: int = MAX_MODEL_LEN) -> dict:
-    """Score `folder`/`name`.jsonl with greedy bf16 decoding; exact match of the whole answer."""
+def measure(
+    folder: Path, name: str, max_model_len: int = MAX_MODEL_LEN, limit: int | None = None
+) -> dict:
+    """Exact match of the whole answer, greedy bf16, on the first items of `folder`/`name`.jsonl."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ["VLLM_PLUGINS"] = ""  # none: an installed plugin could change the cache
     from vllm import LLM, SamplingParams
 
-    items = read_items(folder / f"{name}.jsonl")
+    items = read_items(folder / f"{name}.jsonl")[:limit]
     chats = [item for item in items if item["kind"] != "text"]
     texts = [item["text"] for item in items if item["kind"] == "text"]
     llm = LLM(
@@ -65,7 +67,9 @@ def _by_length(items: list[dict], lengths: list[int]) -> dict[str, list[int]]:
     """Items by kind and by the first of LENGTHS that holds their prompt."""
     groups = defaultdict(list)
     for i, (item, length) in enumerate(zip(items, lengths, strict=True)):
-        bound = next(bound for bound in (*LENGTHS, math.inf) if length <= bound)
+        bound = next((bound for bound in LENGTHS if length <= bound), None)
+        if bound is None:
+            raise ValueError(f"a prompt of {length} tokens is longer than the last of {LENGTHS}")
         groups[item["kind"], bound].append(i)
     return {f"{kind}, up to {bound} tokens": groups[kind, bound] for kind, bound in sorted(groups)}
 
@@ -80,6 +84,21 @@ def table(result: dict) -> str:
     lines.append(f"| text | {text['items']} | | {text['bits_per_byte']:.2f} bits per byte |")
     machine = result["machine"]
     lines += ["", f"Measured with vLLM {machine['vllm']}, torch {machine['torch']}, bf16, greedy."]
+    return "\n".join(lines)
+
+
+def length_table(result: dict) -> str:
+    """Right answers of all items by kind and prompt length as a Markdown table."""
+    found = {tuple(name.split(", up to ")): cell for name, cell in result["by_length"].items()}
+    kinds = sorted({kind for kind, _ in found})
+    lines = [
+        "| kind | " + " | ".join(f"up to {bound} tokens" for bound in LENGTHS) + " |",
+        "|---|" + "---|" * len(LENGTHS),
+    ]
+    for kind in kinds:
+        cells = [found.get((kind, f"{bound} tokens")) for bound in LENGTHS]
+        shown = [f"{cell['right']} of {cell['items']}" if cell else "" for cell in cells]
+        lines.append(f"| {kind} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
