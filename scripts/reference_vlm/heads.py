@@ -81,6 +81,25 @@ def contributions(model: nn.Module, data: list[Batch]) -> tuple[float, list[list
     return base, added
 
 
+def table(result: dict, trained: list[list[int]]) -> str:
+    """A stored measurement as a Markdown table; `trained` heads per layer come first."""
+    lines = [
+        "| layer | K: joint, alone, rank | V: joint, alone, rank | loss added without a head: "
+        "trained before / fresh |",
+        "|---|---|---|---|",
+    ]
+    added = result["loss_added_without_head"]
+    for i, (row, losses, known) in enumerate(zip(result["layers"], added, trained, strict=True)):
+        cells = [
+            f"{row[f'{x} joint']:.3f}, {row[f'{x} alone']:.3f}, {row[f'{x} rank']:.0f}"
+            for x in PIECES
+        ]
+        old = " ".join(f"{losses[head]:+.3f}" for head in known)
+        fresh = " ".join(f"{x:+.3f}" for head, x in enumerate(losses) if head not in known)
+        lines.append(f"| {i} | {cells[0]} | {cells[1]} | {old} / {fresh} |")
+    return "\n".join(lines)
+
+
 @torch.no_grad()
 def _loss(model: nn.Module, data: list[Batch]) -> float:
     forward = FastForward(model)

@@ -1,6 +1,8 @@
 """The training recipe at toy size: its fast forward pass, its data, its curriculum."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -13,7 +15,7 @@ from reference_vlm.batch import Batcher
 from reference_vlm.check import check
 from reference_vlm.curriculum import MIN_UPDATES, Level
 from reference_vlm.fast_forward import FastForward
-from reference_vlm.heads import contributions, spectra
+from reference_vlm.heads import contributions, spectra, table
 from reference_vlm.mix import TaskMix
 from reference_vlm.model import build_model
 from reference_vlm.options import Options, parse_options
@@ -21,6 +23,7 @@ from reference_vlm.tasks import Sampler
 from reference_vlm.tokenizer import build_tokenizer
 from reference_vlm.widen import trained_heads
 
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 TOY = Options(hidden=64, heads=2, kv_heads=1, head_dim=32, layers=2, inter=96, vis_dim=32)
 WIDE = replace(TOY, hidden=192, heads=6, kv_heads=3, seed=2)
 CORPUS = "The quick brown fox jumps over the lazy dog. <|im_end|> " * 20
@@ -150,6 +153,12 @@ def test_spectra_see_copied_heads_and_contributions_see_dead_ones():
     assert base > 0
     assert added[1][1] == 0
     assert added[1][0] != 0
+
+
+def test_subjects_document_shows_the_stored_heads():
+    result = json.loads((DOCS / "results" / "wide_vlm_heads.json").read_text())
+    shown = table(result, trained_heads(seed=1, layers=4, narrow=2, wide=8))
+    assert shown in (DOCS / "subjects.md").read_text()
 
 
 def test_check_notices_a_wrong_forward():
