@@ -155,10 +155,16 @@ def test_spectra_see_copied_heads_and_contributions_see_dead_ones():
     assert added[1][0] != 0
 
 
-def test_subjects_document_shows_the_stored_heads():
-    result = json.loads((DOCS / "results" / "wide_vlm_heads.json").read_text())
-    shown = table(result, trained_heads(seed=1, layers=4, narrow=2, wide=8))
-    assert shown in (DOCS / "subjects.md").read_text()
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [
+        ("reference_vlm", [[0, 1]] * 4),
+        ("wide_vlm", trained_heads(seed=1, layers=4, narrow=2, wide=8)),
+    ],
+)
+def test_subjects_document_shows_the_stored_heads(name, trained):
+    result = json.loads((DOCS / "results" / f"{name}_heads.json").read_text())
+    assert table(result, trained) in (DOCS / "subjects.md").read_text()
 
 
 def test_check_notices_a_wrong_forward():
