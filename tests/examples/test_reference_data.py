@@ -230,6 +230,13 @@ def test_model_card_shows_the_stored_measurement():
     assert result["items"] == len(ITEMS["heldout"])
 
 
+def test_subjects_document_shows_the_stored_measurement():
+    result = json.loads((ROOT / "docs" / "results" / "wide_vlm_dense.json").read_text())
+    shown = (ROOT / "docs" / "subjects.md").read_text()
+    assert measure.table(result) in shown
+    assert measure.length_table(result) in shown
+
+
 def test_files_stay_small():
     sizes = [path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()]
     assert max(sizes) < 10e6
