@@ -3,6 +3,7 @@
 Imports of the work stay inside the commands: `attentionpack --help` must not wait for vLLM.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +37,10 @@ def _show_version(wanted: bool) -> None:
     if wanted:
         print(__version__)
         raise typer.Exit
+
+
+bench = typer.Typer(help="Measure speed beside vLLM's dense cache.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 
 
 @app.callback()
@@ -229,6 +234,49 @@ def eval(
         from vllm_attentionpack.report.evaluation import evaluation_table
 
         Console().print(evaluation_table(result))
+
+
+_Device = Annotated[str, typer.Option(help="Where to run: cpu.")]
+
+
+def _check_device(device: str) -> None:
+    if device != "cpu":
+        raise ConfigError(f"--device is '{device}'; this benchmark runs on: cpu.")
+
+
+@bench.command("ops")
+def bench_ops(
+    device: _Device = "cpu",
+    json: Annotated[bool, typer.Option("--json", help="Print a JSON object per row.")] = False,
+    repeats: Annotated[int, typer.Option(help="Alternating runs of each row.")] = 9,
+    threads: Annotated[int | None, typer.Option(help="[default: PyTorch's]")] = None,
+) -> None:
+    """Attention on codes and encoding, each beside vLLM's dense op on the same shapes."""
+    _check_device(device)
+    os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # standard output is for the figures
+    from vllm_attentionpack.report.bench import print_ops
+
+    print_ops(repeats, threads, json)
+
+
+@bench.command("engine")
+def bench_engine(
+    device: _Device = "cpu",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    layers: Annotated[int, typer.Option(help="Of the model with random weights.")] = 4,
+    context: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 8192,
+    batch: Annotated[int, typer.Option(help="Requests at a time.")] = 8,
+    new_tokens: Annotated[int, typer.Option(help="Decoded per request.")] = 16,
+    ratio: Annotated[float, typer.Option(help="Compression.")] = 8.0,
+) -> None:
+    """vLLM from end to end, dense and compacted, on a model with random weights."""
+    _check_device(device)
+    os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"
+    from vllm_attentionpack.bench.cpu_engine import Setup
+    from vllm_attentionpack.report.bench import print_engine
+
+    setup = Setup(layers=layers, context=context, batch=batch, new_tokens=new_tokens, ratio=ratio)
+    print_engine(setup, json)
 
 
 def _given(**options: Any) -> dict[str, Any]:

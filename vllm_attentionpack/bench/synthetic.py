@@ -65,19 +65,18 @@ def synthetic_codec(
     layout = synthetic_layout(num_kv_heads, heads_per_group, head_size, ratio)
     turn = _turn(heads_per_group * head_size, seed)
     variance = torch.from_numpy(_variance(len(turn)))
+    metric = torch.eye(head_size, dtype=torch.float64).repeat(heads_per_group, 1, 1)
     basis = PrincipalBasis(
-        torch.zeros(1, len(turn), dtype=torch.float64),
-        turn.T[None],
-        turn[None],
-        variance[None],
-        torch.ones(1, dtype=torch.float64),
+        mean=torch.zeros(1, len(turn), dtype=torch.float64),
+        vectors=turn.T.float()[None],
+        root=metric,
+        inverse=metric,
+        variance=variance[None],
+        share=torch.ones(1, dtype=torch.float64),
     )
     return LayerCodec(
         layout,
-        [
-            {kind: basis.truncate(getattr(group, kind)) for kind in KINDS}
-            for group in layout.groups
-        ],
+        [{kind: basis.truncate(getattr(group, kind)) for kind in KINDS} for group in layout.groups],
     )
 
 
@@ -101,9 +100,7 @@ def synthetic_pack(
     max_context: int,
 ) -> Pack:
     """A pack for a model with random weights: right in every byte, and good for nothing."""
-    codec = synthetic_codec(
-        fingerprint.num_kv_heads, heads_per_group, fingerprint.head_size, ratio
-    )
+    codec = synthetic_codec(fingerprint.num_kv_heads, heads_per_group, fingerprint.head_size, ratio)
     groups = tuple(
         GroupHeader(key=_planes(group.key), value=_planes(group.value))
         for group in codec.layout.groups
@@ -174,9 +171,7 @@ def _variance(dims: int) -> np.ndarray:
 def _turn(dims: int, seed: int) -> Tensor:
     """A random orthogonal matrix, float64 `[dims, dims]`."""
     generator = torch.Generator().manual_seed(seed)
-    turn, _ = torch.linalg.qr(
-        torch.randn(dims, dims, generator=generator, dtype=torch.float64)
-    )
+    turn, _ = torch.linalg.qr(torch.randn(dims, dims, generator=generator, dtype=torch.float64))
     return turn
 
 

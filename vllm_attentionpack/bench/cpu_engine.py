@@ -1,0 +1,170 @@
+"""`attentionpack bench engine --device cpu`: vLLM with its dense cache and with ours.
+
+A model with random weights whose decoding is dominated by attention. Both engines run in this
+process, one after the other, with the same bytes of KV cache.
+"""
+
+import os
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vllm_attentionpack import plugin
+from vllm_attentionpack.bench.synthetic import save_dummy_model, synthetic_pack
+from vllm_attentionpack.config import SECTION
+from vllm_attentionpack.engine import shut_down
+from vllm_attentionpack.packfile import save_pack
+from vllm_attentionpack.packfile.schema import Fingerprint
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The model and the load.
+
+    Attributes:
+        ratio: compression.
+        group: KV heads coded jointly.
+        context: tokens of a prompt.
+        batch: requests at a time.
+        new_tokens: decoded per request.
+        kv_bytes: bytes of KV cache of each engine; holds the batch densely.
+    """
+
+    layers: int = 4
+    heads: int = 32
+    kv_heads: int = 8
+    head_size: int = 128
+    hidden_size: int = 1024
+    ratio: float = 8.0
+    group: int = 8
+    context: int = 8192
+    batch: int = 8
+    new_tokens: int = 16
+
+    @property
+    def kv_bytes(self) -> int:
+        per_token = self.layers * self.kv_heads * self.head_size * 4
+        blocks = -(-(self.context + self.new_tokens) // 128) + 1
+        return (self.batch * blocks + 2) * 128 * per_token
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One engine; rates are tokens per second over the whole batch.
+
+    Attributes:
+        largest_batch: requests of the setup that fit into the cache at a time.
+    """
+
+    prefill: float
+    decode: float
+    largest_batch: float
+
+
+def compare(setup: Setup) -> dict[str, Any]:
+    """Runs both engines; see `Setup`.
+
+    Returns:
+        `decode_speedup` and `prefill_ratio` (our rate over the dense one), `batch_ratio` (our
+        largest batch over the dense one), and both engines' figures.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        save_dummy_model(
+            model,
+            num_layers=setup.layers,
+            num_heads=setup.heads,
+            num_kv_heads=setup.kv_heads,
+            head_size=setup.head_size,
+            hidden_size=setup.hidden_size,
+            max_position=setup.context + setup.new_tokens,
+        )
+        pack = Path(folder) / "model.pack.safetensors"
+        dense = _run(model, setup, None, pack)
+        ours = _run(model, setup, pack, pack)
+    return {
+        "decode_speedup": ours.decode / dense.decode,
+        "prefill_ratio": ours.prefill / dense.prefill,
+        "batch_ratio": ours.largest_batch / dense.largest_batch,
+        "dense": asdict(dense),
+        "ours": asdict(ours),
+        "setup": asdict(setup),
+    }
+
+
+def _run(model: Path, setup: Setup, pack: Path | None, new_pack: Path) -> Figures:
+    """Starts an engine, with `pack` a compacted one; a dense one writes `new_pack`."""
+    # The engine in this process: what is measured then is not the way between two.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    plugin.register()
+    from vllm import LLM
+
+    arguments: dict[str, Any] = {
+        "model": str(model),
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "dtype": "bfloat16",
+        "enforce_eager": True,
+        "block_size": 128,
+        "max_model_len": setup.context + setup.new_tokens,
+        # One prompt at a time and none cut: the prefill of both attends to exact keys.
+        "max_num_batched_tokens": setup.context,
+        "max_num_seqs": setup.batch,
+        "kv_cache_memory_bytes": setup.kv_bytes,
+        "seed": 0,
+    }
+    if pack is not None:
+        arguments["attention_backend"] = plugin.BACKEND
+        arguments["additional_config"] = {SECTION: {"pack": str(pack)}}
+    llm = LLM(**arguments)
+    try:
+        if pack is None:
+            _write_pack(llm, setup, new_pack)
+        cache = llm.llm_engine.vllm_config.cache_config
+        tokens = cache.kv_cache_size_tokens or 0
+        return _measure(llm, setup, tokens / (setup.context + setup.new_tokens))
+    finally:
+        shut_down(llm)
+
+
+def _write_pack(llm: Any, setup: Setup, path: Path) -> None:
+    from vllm_attentionpack.attention.fingerprint import fingerprint
+
+    found: Fingerprint = fingerprint(llm.llm_engine.vllm_config.model_config)
+    names = [f"model.layers.{i}.self_attn.attn" for i in range(setup.layers)]
+    pack = synthetic_pack(found, names, setup.group, setup.ratio, setup.context + setup.new_tokens)
+    save_pack(pack, path)
+
+
+def _measure(llm: Any, setup: Setup, largest_batch: float) -> Figures:
+    """Prefill first; the prefix cache then leaves little but decoding to the second run."""
+    from vllm import SamplingParams
+
+    rng = np.random.default_rng(0)
+    prompts = [
+        {"prompt_token_ids": rng.integers(3, 1000, setup.context).tolist()}
+        for _ in range(setup.batch)
+    ]
+
+    def seconds(new_tokens: int) -> float:
+        sampling = SamplingParams(
+            temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False
+        )
+        start = time.perf_counter()
+        llm.generate(prompts, sampling, use_tqdm=False)
+        return time.perf_counter() - start
+
+    warm_up = SamplingParams(max_tokens=2, detokenize=False)
+    llm.generate([{"prompt_token_ids": [5] * 64}], warm_up, use_tqdm=False)
+    prefill = seconds(1)
+    once = seconds(1)
+    steps = seconds(setup.new_tokens) - once
+    return Figures(
+        prefill=setup.batch * setup.context / prefill,
+        decode=setup.batch * (setup.new_tokens - 1) / steps,
+        largest_batch=largest_batch,
+    )
