@@ -1,0 +1,184 @@
+"""Codecs and packs without calibration, for figures that depend on shapes and not on a model.
+
+Variances of the latent dims fall as `1 / (i + 1) ** DECAY`. At 8x the allocator then retains 0.65
+of the dims of a group of eight heads of 128; the share is what decides speed.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_attentionpack.codec.allocate import allocate, unit_curve
+from vllm_attentionpack.codec.codec import LayerCodec
+from vllm_attentionpack.codec.layout import (
+    DENSE_BYTES,
+    KINDS,
+    SCALE_BYTES,
+    GroupLayout,
+    LayerLayout,
+    PlaneCounts,
+)
+from vllm_attentionpack.codec.transform import PrincipalBasis
+from vllm_attentionpack.packfile.schema import (
+    FORMAT_VERSION,
+    Fingerprint,
+    GroupHeader,
+    LayerHeader,
+    LayerPack,
+    Pack,
+    PackHeader,
+    PlaneHeader,
+    Provenance,
+)
+
+DECAY = 2.0
+
+
+def synthetic_layout(
+    num_kv_heads: int, heads_per_group: int, head_size: int, ratio: float
+) -> LayerLayout:
+    """What the allocator makes of the spectrum at a compression of `ratio`."""
+    curve = unit_curve(_variance(heads_per_group * head_size))
+    groups = num_kv_heads // heads_per_group
+    budget = num_kv_heads * len(KINDS) * head_size * DENSE_BYTES / ratio
+    units = [curve] * (groups * len(KINDS))
+    ((counts, size),) = allocate([units], [1.0], budget, [SCALE_BYTES * len(units)])
+    return LayerLayout(
+        tuple(GroupLayout(counts[2 * g], counts[2 * g + 1]) for g in range(groups)),
+        heads_per_group,
+        head_size,
+        size,
+    )
+
+
+def synthetic_codec(
+    num_kv_heads: int, heads_per_group: int, head_size: int, ratio: float, seed: int = 0
+) -> LayerCodec:
+    """A codec of one modality with random orthogonal bases.
+
+    It suits `synthetic_heads` of the same seed; the groups share their basis.
+    """
+    layout = synthetic_layout(num_kv_heads, heads_per_group, head_size, ratio)
+    turn = _turn(heads_per_group * head_size, seed)
+    variance = torch.from_numpy(_variance(len(turn)))
+    basis = PrincipalBasis(
+        torch.zeros(1, len(turn), dtype=torch.float64),
+        turn.T[None],
+        turn[None],
+        variance[None],
+        torch.ones(1, dtype=torch.float64),
+    )
+    return LayerCodec(
+        layout,
+        [
+            {kind: basis.truncate(getattr(group, kind)) for kind in KINDS}
+            for group in layout.groups
+        ],
+    )
+
+
+def synthetic_heads(
+    tokens: int, num_kv_heads: int, heads_per_group: int, head_size: int, seed: int = 0
+) -> Tensor:
+    """Keys or values with the spectrum, bfloat16 `[tokens, Hk, D]`, unit variance on average."""
+    dims = heads_per_group * head_size
+    generator = torch.Generator().manual_seed(seed + 1)
+    spread = torch.from_numpy(_variance(dims)).sqrt().float()
+    latent = torch.randn(tokens, num_kv_heads // heads_per_group, dims, generator=generator)
+    heads = (latent * spread) @ _turn(dims, seed).float()
+    return heads.unflatten(-1, (heads_per_group, head_size)).flatten(1, 2).bfloat16()
+
+
+def synthetic_pack(
+    fingerprint: Fingerprint,
+    layer_names: Sequence[str],
+    heads_per_group: int,
+    ratio: float,
+    max_context: int,
+) -> Pack:
+    """A pack for a model with random weights: right in every byte, and good for nothing."""
+    codec = synthetic_codec(
+        fingerprint.num_kv_heads, heads_per_group, fingerprint.head_size, ratio
+    )
+    groups = tuple(
+        GroupHeader(key=_planes(group.key), value=_planes(group.value))
+        for group in codec.layout.groups
+    )
+    header = PackHeader(
+        format_version=FORMAT_VERSION,
+        fingerprint=fingerprint,
+        provenance=Provenance(
+            model="random weights",
+            data_sha256="0" * 64,
+            tokens=0,
+            visual_tokens=0,
+            seed=0,
+            vllm_version="",
+            attentionpack_version="",
+        ),
+        heads_per_group=heads_per_group,
+        num_modalities=1,
+        ratio=ratio,
+        max_context=max_context,
+        layers=tuple(
+            LayerHeader(name=name, bytes_per_token=codec.layout.bytes_per_token, groups=groups)
+            for name in layer_names
+        ),
+    )
+    bases = [{kind: getattr(group, kind).basis for kind in KINDS} for group in codec.groups]
+    variance = [{kind: basis[kind].mean * 0 for kind in KINDS} for basis in bases]
+    return Pack(header, [LayerPack(bases, variance) for _ in layer_names])
+
+
+def save_dummy_model(
+    folder: Path,
+    *,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    hidden_size: int,
+    max_position: int,
+) -> None:
+    """Writes the configuration of a Llama for `load_format="dummy"`: no weights, no tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+        "vocab_size": 1024,
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "head_dim": head_size,
+        "max_position_embeddings": max_position,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+
+
+def _variance(dims: int) -> np.ndarray:
+    """float64 `[dims]`, falling, one on average."""
+    variance = (np.arange(dims) + 1.0) ** -DECAY
+    return variance * dims / variance.sum()
+
+
+def _turn(dims: int, seed: int) -> Tensor:
+    """A random orthogonal matrix, float64 `[dims, dims]`."""
+    generator = torch.Generator().manual_seed(seed)
+    turn, _ = torch.linalg.qr(
+        torch.randn(dims, dims, generator=generator, dtype=torch.float64)
+    )
+    return turn
+
+
+def _planes(counts: PlaneCounts) -> PlaneHeader:
+    return PlaneHeader(n8=counts.n8, n4=counts.n4, n2=counts.n2, n16=counts.n16)
