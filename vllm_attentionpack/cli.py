@@ -12,6 +12,9 @@ import typer
 from vllm_attentionpack import __version__
 from vllm_attentionpack.errors import AttentionPackError, ConfigError
 
+#: Exit code of a calibration whose pack was written but lost more than it may.
+_FAILED_VALIDATION = 3
+
 app = typer.Typer(
     help="Serve models in vLLM from a compacted KV cache.",
     no_args_is_help=True,
@@ -51,7 +54,19 @@ def calibrate(
         Path | None, typer.Option(help="JSON lines of chats or texts, or a .txt file.")
     ] = None,
     ratio: Annotated[
-        float | None, typer.Option(help="Compression against bfloat16. [default: 8]")
+        str | None,
+        typer.Option(
+            help="Compression against bfloat16, or auto: the most that --max-kl allows. "
+            "[default: 8]"
+        ),
+    ] = None,
+    validate: Annotated[
+        bool | None,
+        typer.Option("--validate", help="Measure the pack on held-out items; exit 3 if it fails."),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(help="Loss allowed on held-out items, nats per token. [default: 0.05]"),
     ] = None,
     group_size: Annotated[
         str | None, typer.Option(help="KV heads coded jointly, or auto. [default: auto]")
@@ -107,7 +122,9 @@ def calibrate(
     values |= _given(
         model=model,
         data=data,
-        ratio=ratio,
+        ratio=_number(ratio),
+        validate_pack=validate,
+        max_kl=max_kl,
         group_size=_number(group_size),
         max_tokens=max_tokens,
         max_context=max_context,
@@ -120,7 +137,8 @@ def calibrate(
     source = "the command line" if config is None else f"'{config}' with the command line"
     settings = make_settings(values, source)
     if settings.output is None:
-        name = f"{Path(settings.model).resolve().name}-{settings.ratio:g}x.pack.safetensors"
+        ratio_name = "auto" if settings.ratio == "auto" else f"{settings.ratio:g}x"
+        name = f"{Path(settings.model).resolve().name}-{ratio_name}.pack.safetensors"
         settings = settings.model_copy(update={"output": Path(name)})
 
     from vllm_attentionpack.calibrate.run import run_calibration
@@ -132,6 +150,12 @@ def calibrate(
         f"{header.dense_bytes_per_token} bytes per token, from {header.provenance.tokens} tokens "
         f"({header.provenance.visual_tokens} visual)"
     )
+    if header.validation is not None:
+        from vllm_attentionpack.report.inspect import validation_text
+
+        print(f"validation {validation_text(header.validation)}")
+        if not header.validation.passed:
+            raise typer.Exit(_FAILED_VALIDATION)
 
 
 @app.command()
@@ -152,6 +176,22 @@ def inspect(
         from rich.console import Console
 
         Console().print(pack_tables(header))
+
+
+@app.command()
+def report(
+    packs: Annotated[list[Path], typer.Argument(help="Pack files.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(help="JSON of scripts/measure_codecs.py: the Pareto front of a model."),
+    ] = None,
+) -> None:
+    """Write one HTML page about PACKS: bytes, ranks, bits, spectra, and measured quality."""
+    from vllm_attentionpack.report.html import write_report
+
+    write_report(packs, results or [], output)
+    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
 
 
 @app.command()
@@ -196,9 +236,14 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _number(text: str | None) -> int | str | None:
+def _number(text: str | None) -> int | float | str | None:
     """Options that take a number or a word."""
-    return int(text) if text is not None and text.isdecimal() else text
+    if text is None or text.isdecimal():
+        return text if text is None else int(text)
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 if __name__ == "__main__":

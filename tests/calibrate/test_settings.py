@@ -36,7 +36,7 @@ def test_default_example_states_the_defaults() -> None:
     [
         ({"data": "d"}, "'model' is missing"),
         ({"model": "m", "data": "d", "rato": 8}, "the key 'rato' is unknown.*Allowed keys: model"),
-        ({"model": "m", "data": "d", "ratio": -1}, "'ratio' is -1: .*greater than 0"),
+        ({"model": "m", "data": "d", "ratio": -1}, "'ratio.*' is -1: .*greater than 0"),
         ({"model": "m", "data": "d", "group_size": "all"}, "'group_size.*' is 'all'"),
         ({"model": "m", "data": "d", "modalities": 3}, "'modalities' is 3"),
         ({"model": "m", "data": "d", "max_tokens": 0}, "'max_tokens' is 0"),

@@ -86,24 +86,37 @@ def exact_pack(dense: Dense, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class CalibratedPacks:
-    """Paths of packs from one calibration: 8x, and every dim at 8 bits."""
+    """Paths of packs from one calibration.
+
+    Attributes:
+        eightfold: 8x, no token exact.
+        eight_bit: every dim at 8 bits, no token exact.
+        windowed: 8x with the exact tokens that a calibration advises.
+    """
 
     eightfold: Path
     eight_bit: Path
+    windowed: Path
 
 
 @pytest.fixture(scope="session")
 def calibrated(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> CalibratedPacks:
-    from tests.support.calibration import calibrate_at, smallest_ratio
+    from tests.support.calibration import Wanted, calibrate_at, smallest_ratio
+    from vllm_attentionpack.calibrate.settings import DEFAULT_SINKS, DEFAULT_WINDOW
 
     engines.close()
     full_rank = smallest_ratio(num_kv_heads=2, head_size=64, heads_per_group=2)
     packs = calibrate_at(
-        str(MODEL), CALIBRATION_DATA, [8.0, full_rank], group_size=2, max_model_len=1024
+        str(MODEL),
+        CALIBRATION_DATA,
+        [Wanted(8.0), Wanted(full_rank), Wanted(8.0, DEFAULT_SINKS, DEFAULT_WINDOW)],
+        group_size=2,
+        max_model_len=1024,
     )
     folder = tmp_path_factory.mktemp("packs")
-    paths = CalibratedPacks(folder / "eightfold.safetensors", folder / "eight_bit.safetensors")
-    for pack, path in zip(packs, (paths.eightfold, paths.eight_bit), strict=True):
+    names = ("eightfold", "eight_bit", "windowed")
+    paths = CalibratedPacks(*(folder / f"{name}.safetensors" for name in names))
+    for pack, path in zip(packs, (paths.eightfold, paths.eight_bit, paths.windowed), strict=True):
         save_pack(pack, path)
     return paths
 

@@ -1,6 +1,8 @@
 """Packs of several ratios from one gathering of statistics, which is what takes the time."""
 
+import inspect
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pytest
@@ -8,25 +10,40 @@ import pytest
 from vllm_attentionpack.calibrate import assemble as assembling
 from vllm_attentionpack.calibrate.assemble import Budget
 from vllm_attentionpack.calibrate.run import calibrate
+from vllm_attentionpack.codec.allocate import MAX_PAGE_SIZE_CLASSES
 from vllm_attentionpack.packfile import Pack, PackHeader
 
 
-def calibrate_at(model: str, data: Any, ratios: Sequence[float], **options: Any) -> list[Pack]:
-    """One pack per ratio, as `calibrate` would make it; `options` as there."""
-    call: dict[str, Any] = {}
-    assemble = assembling.assemble
+@dataclass(frozen=True)
+class Wanted:
+    """A pack: its ratio, and the tokens that it advises to keep exact."""
 
-    def keep(layers: Any, **arguments: Any) -> Any:
-        call.update(arguments, layers=layers)
-        return assemble(layers, **arguments)
+    ratio: float
+    sinks: int = 0
+    window: int = 0
+
+
+def calibrate_at(model: str, data: Any, wanted: Sequence[Wanted], **options: Any) -> list[Pack]:
+    """The packs that `calibrate` would make with `options`."""
+    made: list[tuple[assembling.Assembler, dict[str, Any]]] = []
+    at = assembling.Assembler.at
+    signature = inspect.signature(at)
+
+    def keep(self: Any, ratio: float, *arguments: Any, **named: Any) -> Any:
+        made.append((self, signature.bind(self, ratio, *arguments, **named).arguments))
+        return at(self, ratio, *arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assembling, "assemble", keep)
-        packs = [calibrate(model, data, ratios[0], **options)]
-    for ratio in ratios[1:]:
-        headers, layers = assemble(**{**call, "ratio": ratio})
-        header = packs[0].header.model_copy(update={"ratio": ratio, "layers": headers})
-        packs.append(Pack(PackHeader.model_validate(header.model_dump()), layers))
+        patch.setattr(assembling.Assembler, "at", keep)
+        packs = [calibrate(model, data, **asdict(wanted[0]), **options)]
+    assembler, arguments = made[-1]
+    for other in wanted[1:]:
+        sizes = 1 if other.sinks or other.window else MAX_PAGE_SIZE_CLASSES
+        changed = {**arguments, "ratio": other.ratio, "max_page_sizes": sizes}
+        del changed["self"]
+        assembled = assembler.at(**changed)
+        header = packs[0].header.model_copy(update={**asdict(other), "layers": assembled.headers})
+        packs.append(Pack(PackHeader.model_validate(header.model_dump()), assembled.packs))
     return packs
 
 

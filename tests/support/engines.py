@@ -84,6 +84,19 @@ class Engine:
         specs = self.core.model_executor.get_kv_cache_specs()[0]
         return {name: spec.page_size_bytes for name, spec in specs.items()}
 
+    def poison_free_blocks(self) -> int:
+        """Fills the null block and all free blocks that hold no cached prefix with ones.
+
+        As bfloat16, float16 or float32 that is no number: whoever reads it shows it. Returns how
+        many blocks were filled.
+        """
+        pool = self.scheduler.kv_cache_manager.block_pool
+        blocks = [pool.null_block, *pool.free_block_queue.get_all_free_blocks()]
+        ids = [block.block_id for block in blocks if block.block_hash is None]
+        for cache in self.kv_caches.values():
+            cache.view(torch.uint8)[ids] = 255
+        return len(ids)
+
     @property
     def used_blocks(self) -> int:
         """Blocks that a request holds; one is vLLM's own and never free."""
@@ -174,7 +187,7 @@ class Engine:
         return [
             (name, layer.impl)
             for name, layer in self._attention_layers()
-            if isinstance(layer.impl, AttentionPackImpl)
+            if isinstance(getattr(layer, "impl", None), AttentionPackImpl)
         ]
 
 

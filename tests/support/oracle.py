@@ -27,8 +27,9 @@ def attend(
     exact: Callable[[int, int], Tensor] | None = None,
     ranges: list[tuple[int, int]] | None = None,
     causal: bool = True,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
-    """Output `[T, Hq, D]` and log-sum-exp `[T, Hq]` in float64; zero and `-inf` over no token.
+    """Output `[T, Hq, D]` and log-sum-exp `[T, Hq]` in `dtype`; zero and `-inf` over no token.
 
     Args:
         exact: for the query at a position of a request (row, position) which of the request's
@@ -36,6 +37,8 @@ def attend(
             are taken as their codes.
         ranges: the (start, stop) of `paged_attention` per request, by default the whole request.
         causal: as there.
+        dtype: float64 for what is right; that of a model for what plain PyTorch makes of it, the
+            measure for the error of a kernel.
     """
     outputs, lses = [], []
     token = 0
@@ -53,11 +56,11 @@ def attend(
                 else exact(row, context + i)
             )
             key, value = (
-                torch.where(kept[:, None, None], own, coded).double().repeat_interleave(repeats, 1)
+                torch.where(kept[:, None, None], own, coded).to(dtype).repeat_interleave(repeats, 1)
                 for own, coded in pairs
             )
             end = max(stop - (fresh - 1 - i if causal else 0), start)
-            query = batch.query[token].double()
+            query = batch.query[token].to(dtype)
             logits = torch.einsum("hd,nhd->hn", query, key[start:end]) * scale
             outputs.append(torch.einsum("hn,nhd->hd", logits.softmax(-1), value[start:end]))
             lses.append(logits.logsumexp(-1))

@@ -16,15 +16,15 @@ Layers are compared by distortion over the energy of their own output,
 nor one that writes much fed for it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vllm_attentionpack.calibrate.moments import LayerMoments
 from vllm_attentionpack.codec.allocate import MAX_PAGE_SIZE_CLASSES, UnitCurve, allocate, unit_curve
-from vllm_attentionpack.codec.codec import Basis
+from vllm_attentionpack.codec.codec import Basis, LayerCodec
 from vllm_attentionpack.codec.layout import (
     DENSE_BYTES,
     KINDS,
@@ -118,8 +118,122 @@ def _round_down(ratio: float) -> str:
     return f"{ratio * 100 // 1 / 100:.2f}"
 
 
+@dataclass(frozen=True)
+class Assembled:
+    """Ranks, bits and bases of all layers."""
+
+    headers: tuple[LayerHeader, ...]
+    packs: list[LayerPack]
+    heads_per_group: int
+    head_size: int
+
+    def codecs(self, device: torch.device) -> list[LayerCodec]:
+        """The codec of every layer."""
+        return [
+            LayerCodec(header.layout(self.heads_per_group, self.head_size), pack.bases).to(device)
+            for header, pack in zip(self.headers, self.packs, strict=True)
+        ]
+
+
+class Assembler:
+    """The bases of all layers, from which packs of any ratio follow quickly.
+
+    Args:
+        layers: in the order of the model; taken one by one, so that the moments of one need not
+            stay when those of the next are averaged.
+        heads_per_group: `G`, as the moments were gathered.
+        regularization: see `codec.transform.principal_basis`.
+    """
+
+    def __init__(
+        self, layers: Iterable[LayerStatistics], heads_per_group: int, regularization: float
+    ) -> None:
+        self.names: list[str] = []
+        self.bases: list[list[dict[Kind, PrincipalBasis]]] = []
+        self.output_energies: list[float] = []
+        #: Of each layer, key and value of each group in turn; in units of the layer's own output.
+        self._curves: list[list[UnitCurve]] = []
+        head_size = 0
+        for layer in layers:
+            bases, energy = (
+                layer_bases(layer, heads_per_group, regularization),
+                output_energy(layer),
+            )
+            self.names.append(layer.name)
+            self.bases.append(bases)
+            self.output_energies.append(energy)
+            self._curves.append(
+                [
+                    unit_curve(group[kind].spectrum.numpy() / energy)
+                    for group in bases
+                    for kind in KINDS
+                ]
+            )
+            head_size = layer.head_size
+        num_kv_heads = len(self.bases[0]) * heads_per_group
+        self.budget = Budget(len(self.names), num_kv_heads, head_size, heads_per_group)
+
+    def at(
+        self,
+        ratio: float,
+        layer_weights: Sequence[float] | None = None,
+        sensitivity: Mapping[tuple[int, Kind], float] | None = None,
+        max_page_sizes: int = MAX_PAGE_SIZE_CLASSES,
+    ) -> Assembled:
+        """Chooses ranks and bits.
+
+        Args:
+            ratio: dense bfloat16 bytes over stored bytes, scales and padding counted; met or
+                exceeded.
+            layer_weights: the price of each layer's relative distortion; all alike by default.
+            sensitivity: the price of each layer's keys and values, as measured; multiplies the
+                layer's weight. All alike by default.
+            max_page_sizes: see `codec.allocate.allocate`.
+
+        Raises:
+            BudgetError: the ratio cannot be met.
+            ConfigError: not one positive weight per layer.
+        """
+        num_layers = len(self.names)
+        bytes_per_token = self.budget.bytes_per_token(ratio)
+        weights = list(layer_weights) if layer_weights is not None else [1.0] * num_layers
+        if len(weights) != num_layers or min(weights) <= 0:
+            raise ConfigError(
+                f"layer weights are {weights}; expected {num_layers} positive numbers, one per "
+                "layer."
+            )
+        curves = self._curves
+        if sensitivity is not None:
+            curves = [
+                [
+                    curve.priced(sensitivity[i, KINDS[j % len(KINDS)]])
+                    for j, curve in enumerate(units)
+                ]
+                for i, units in enumerate(curves)
+            ]
+        fixed = [self.budget.fixed_bytes] * num_layers
+        chosen = allocate(curves, weights, bytes_per_token, fixed, max_page_sizes)
+        headers, packs = [], []
+        for name, of_layer, (counts, size) in zip(self.names, self.bases, chosen, strict=True):
+            header, pack = _layer(name, of_layer, counts, size)
+            headers.append(header)
+            packs.append(pack)
+        return Assembled(tuple(headers), packs, self.budget.heads_per_group, self.budget.head_size)
+
+    def distortion(self, assembled: Assembled) -> dict[tuple[int, Kind], float]:
+        """What the statistics foretell of each layer's keys and values, over its output energy."""
+        result: dict[tuple[int, Kind], float] = {}
+        for i, (header, units) in enumerate(zip(assembled.headers, self._curves, strict=True)):
+            curves = iter(units)
+            for group in header.groups:
+                for kind in KINDS:
+                    spent = next(curves).distortion_of(getattr(group, kind).counts())
+                    result[i, kind] = result.get((i, kind), 0.0) + spent
+        return result
+
+
 def assemble(
-    layers: Sequence[LayerStatistics],
+    layers: Iterable[LayerStatistics],
     *,
     ratio: float,
     heads_per_group: int,
@@ -127,44 +241,10 @@ def assemble(
     layer_weights: Sequence[float] | None = None,
     max_page_sizes: int = MAX_PAGE_SIZE_CLASSES,
 ) -> tuple[tuple[LayerHeader, ...], list[LayerPack]]:
-    """Chooses bases, ranks and bits.
-
-    Args:
-        layers: in the order of the model.
-        ratio: dense bfloat16 bytes over stored bytes, scales and padding counted; met or exceeded.
-        heads_per_group: `G`, as the moments were gathered.
-        regularization: see `codec.transform.principal_basis`.
-        layer_weights: the price of each layer's relative distortion; all alike by default.
-        max_page_sizes: see `codec.allocate.allocate`.
-
-    Raises:
-        BudgetError: the ratio cannot be met.
-        ConfigError: not one positive weight per layer.
-    """
-    num_layers = len(layers)
-    groups = layers[0].moments.key.mean.shape[1]
-    budget = Budget(num_layers, groups * heads_per_group, layers[0].head_size, heads_per_group)
-    bytes_per_token = budget.bytes_per_token(ratio)
-    prices = list(layer_weights) if layer_weights is not None else [1.0] * num_layers
-    if len(prices) != num_layers or min(prices) <= 0:
-        raise ConfigError(
-            f"layer weights are {prices}; expected {num_layers} positive numbers, one per layer."
-        )
-    bases = [layer_bases(layer, heads_per_group, regularization) for layer in layers]
-    curves: list[list[UnitCurve]] = [
-        [unit_curve(group[kind].spectrum.numpy()) for group in of_layer for kind in KINDS]
-        for of_layer in bases
-    ]
-    weights = [price / output_energy(layer) for price, layer in zip(prices, layers, strict=True)]
-    chosen = allocate(
-        curves, weights, bytes_per_token, [budget.fixed_bytes] * num_layers, max_page_sizes
-    )
-    headers, packs = [], []
-    for layer, of_layer, (counts, size) in zip(layers, bases, chosen, strict=True):
-        header, pack = _layer(layer.name, of_layer, counts, size)
-        headers.append(header)
-        packs.append(pack)
-    return tuple(headers), packs
+    """Chooses bases, ranks and bits of one pack; see `Assembler`."""
+    assembler = Assembler(layers, heads_per_group, regularization)
+    assembled = assembler.at(ratio, layer_weights, max_page_sizes=max_page_sizes)
+    return assembled.headers, assembled.packs
 
 
 def layer_bases(
@@ -178,16 +258,13 @@ def layer_bases(
         group: dict[Kind, PrincipalBasis] = {}
         for kind in KINDS:
             moments = getattr(layer.moments, kind)
-            basis = principal_basis(
+            group[kind] = principal_basis(
                 moments.second[:, g],
                 moments.mean[:, g],
                 layer.moments.count,
                 metrics[kind][heads],
                 regularization,
             )
-            # A pack stores float32; holding every basis of a large model twice as wide until ranks
-            # are known would double the peak of memory.
-            group[kind] = replace(basis, encode=basis.encode.float(), decode=basis.decode.float())
         result.append(group)
     return result
 

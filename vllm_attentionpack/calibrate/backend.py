@@ -3,12 +3,16 @@
 It attends exactly as the platform's default and shows each step's queries, keys and values to the
 recorder that calibration has put on the layer. Layers without a recorder are served as usual, so
 the start-up of the engine (profiling, warm-up) leaves no trace in the statistics.
+
+A step whose metadata can attend by itself (`evaluate.simulate.replay`) is left to it: that is how
+codecs are compared inside one running engine.
 """
 
 from functools import cache
 from typing import Any
 
 from vllm_attentionpack.errors import ConfigError
+from vllm_attentionpack.evaluate.simulate.step import SimulatedStep
 from vllm_attentionpack.plugin import STATISTICS_BACKEND
 
 #: The attribute of an attention layer that holds its recorder.
@@ -45,14 +49,17 @@ class _Watched:
         value: Any,
         kv_cache: Any,
         attn_metadata: Any,
+        output: Any = None,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        if isinstance(attn_metadata, SimulatedStep):
+            return attn_metadata.attend(layer, query, key, value, output)
         recorder = getattr(layer, RECORDER, None)
         if recorder is not None and attn_metadata is not None:
             recorder.record(query, key, value, attn_metadata.num_actual_tokens)
         return super().forward(  # type: ignore[misc]
-            layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs
+            layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
         )
 
 

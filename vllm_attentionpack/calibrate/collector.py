@@ -4,6 +4,7 @@ The order of accumulation is the order of the engine's steps; with the same prom
 order, the same engine settings and the same machine, sums are the same to the last bit.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,9 +167,8 @@ class Collector:
 
     def statistics(
         self, num_positions: int, num_modalities: int, dtype: torch.dtype
-    ) -> list[LayerStatistics]:
-        """The statistics of every layer. Recorders give up their sums layer by layer, for room."""
-        result = []
+    ) -> Iterator[LayerStatistics]:
+        """The statistics of one layer after the other; a recorder gives up its sums, for room."""
         for recorder in self.recorders:
             if recorder.moments is None:
                 raise UnsupportedModelError(
@@ -178,8 +178,7 @@ class Collector:
             recorder.moments = None
             gram = output_gram(recorder.site, dtype)
             scale = recorder.layer.impl.scale
-            result.append(LayerStatistics(recorder.layer.layer_name, scale, moments, gram))
-        return result
+            yield LayerStatistics(recorder.layer.layer_name, scale, moments, gram)
 
 
 def _resolve_group_size(group_size: int | str, layer: Attention) -> int:

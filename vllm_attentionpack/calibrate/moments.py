@@ -4,14 +4,16 @@ Keys and queries are turned back by their own position (`codec.positions`), so t
 length serve any context; `finalize` turns their moments forward again, averaged over all positions.
 Values do not turn.
 
-Products are float32 matrix products on the device of the activations; sums are float64 on the host,
-where order of magnitude and number of tokens do no harm and no room of the KV cache is taken.
-Host memory in bytes, over all layers::
+Products are float32 matrix products on the device of the activations; sums are float32 on the
+host, where they take no room of the KV cache. Tokens are taken relative to the mean of the first
+ones, so that large constant keys cancel before they are squared and not after. Second moments are
+symmetric: of their blocks of heads only the upper half is kept. Host memory in bytes, over all
+layers::
 
-    layers * (modalities * 2 * Hk * G * D**2 + Hq * D**2) * 8
+    layers * (modalities * 2 * (Hk / G) * G (G + 1) / 2 * D**2 + Hq * D**2) * 4
 
-which is 1.2 GB for 32 layers, 32 query and 8 KV heads x 128, G = 8 and two modalities (0.7 GB when
-only text is seen), and 4.4 GB (2.3 GB) for 32 KV heads at G = 8.
+which is 0.36 GB for 32 layers, 32 query and 8 KV heads x 128, G = 8 and two modalities, and 1.3 GB
+for 32 KV heads at G = 8.
 """
 
 from dataclasses import dataclass
@@ -68,6 +70,26 @@ class LayerMoments:
     count: Tensor
 
 
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over the tokens of one modality, of keys then values; mutated in place.
+
+    Attributes:
+        shift: float32 `[2n, GD]`, subtracted from every token.
+        second: float32 `[2n, G (G + 1) / 2, D, D]`, the upper blocks of the second sums.
+        first: float64 `[2n, GD]`.
+    """
+
+    shift: Tensor
+    second: Tensor
+    first: Tensor
+
+    @classmethod
+    def zero(cls, shift: Tensor, blocks: Tensor, head_size: int) -> "_Sums":
+        second = torch.zeros(len(shift), blocks.shape[1], head_size, head_size)
+        return cls(shift, second, torch.zeros_like(shift, dtype=torch.float64))
+
+
 class MomentAccumulator:
     """Sums the moments of one layer over calls.
 
@@ -92,9 +114,10 @@ class MomentAccumulator:
         self.count = torch.zeros(_MODALITIES, dtype=torch.int64)
         self._groups = num_kv_heads // heads_per_group
         self._dims = heads_per_group * head_size
-        self._query = torch.zeros(num_query_heads, head_size, head_size, dtype=torch.float64)
-        # per modality, once tokens of it are seen: second and first sums of keys and of values
-        self._sums: list[tuple[Tensor, Tensor] | None] = [None] * _MODALITIES
+        self._blocks = torch.triu_indices(heads_per_group, heads_per_group)
+        self._query = torch.zeros(num_query_heads, head_size, head_size)
+        # per modality, once tokens of it are seen
+        self._sums: list[_Sums | None] = [None] * _MODALITIES
 
     def add(
         self,
@@ -118,7 +141,7 @@ class MomentAccumulator:
             query = self.rotary.turn(query, -positions)
             key = self.rotary.turn(key, -positions)
         heads = query.float().transpose(0, 1)  # [Hq, T, D]
-        self._query += (heads.mT @ heads).double().cpu()
+        self._query += (heads.mT @ heads).cpu()
         if visual is None or not bool(visual.any()):
             self._add_modality(0, key, value)
         else:
@@ -130,17 +153,38 @@ class MomentAccumulator:
             return
         # [2n, T, GD]: the head groups of the keys, then those of the values
         x = torch.cat([self._grouped(key), self._grouped(value)])
-        second, first = (x.mT @ x).double().cpu(), x.sum(1, dtype=torch.float64).cpu()
         sums = self._sums[modality]
         if sums is None:
-            self._sums[modality] = second, first
-        else:
-            sums[0].add_(second)
-            sums[1].add_(first)
+            sums = self._sums[modality] = _Sums.zero(x.mean(1).cpu(), self._blocks, self.head_size)
+        x = x - sums.shift.to(x.device)[:, None]
+        sums.second.add_(self._packed(x.mT @ x).cpu())
+        sums.first.add_(x.sum(1, dtype=torch.float64).cpu())
         self.count[modality] += len(key)
 
     def _grouped(self, x: Tensor) -> Tensor:
         return x.float().reshape(len(x), self._groups, self._dims).transpose(0, 1)
+
+    def _packed(self, square: Tensor) -> Tensor:
+        """`[2n, GD, GD]` -> the upper blocks `[2n, G (G + 1) / 2, D, D]`."""
+        size = self.head_size
+        blocks = square.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3)
+        return blocks[:, self._blocks[0], self._blocks[1]]
+
+    def _moments(self, modality: int) -> tuple[Tensor, Tensor]:
+        """float64 sums over tokens: second `[2n, GD, GD]` and first `[2n, GD]`."""
+        sums, count = self._sums[modality], self.count[modality]
+        assert sums is not None
+        upper, lower = self._blocks
+        size, heads = self.head_size, self._dims // self.head_size
+        blocks = torch.empty(len(sums.first), heads, heads, size, size, dtype=torch.float64)
+        packed = sums.second.double()
+        blocks[:, lower, upper] = packed.mT
+        blocks[:, upper, lower] = packed
+        second = blocks.transpose(2, 3).reshape(-1, self._dims, self._dims)
+        shift, first = sums.shift.double(), sums.first
+        cross = first[:, :, None] * shift[:, None, :]
+        second += cross + cross.mT + count * shift[:, :, None] * shift[:, None, :]
+        return second, first + count * shift
 
     def finalize(self, num_positions: int, num_modalities: int) -> LayerMoments:
         """Averages over tokens and, where the layer turns, over positions.
@@ -150,7 +194,7 @@ class MomentAccumulator:
             num_modalities: 1 pools text and visual tokens, 2 keeps them apart (both must have been
                 seen).
         """
-        seen = [sums for sums in self._sums if sums is not None]
+        seen = [self._moments(m) for m, sums in enumerate(self._sums) if sums is not None]
         if num_modalities == 1:
             count = self.count.sum().reshape(1)
             seconds = torch.stack([second for second, _ in seen]).sum(0)[None]
@@ -170,7 +214,7 @@ class MomentAccumulator:
                 average_over_positions(
                     head, torch.zeros_like(head[0]), self.rotary, num_positions, self.head_size
                 )[0]
-                for head in self._query / self.count.sum()
+                for head in self._query.double() / self.count.sum()
             ]
         )
         return LayerMoments(key, value, query, count)

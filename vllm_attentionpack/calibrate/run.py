@@ -1,32 +1,44 @@
 """Calibration from end to end: model and data in, pack out."""
 
 import logging
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_attentionpack import __version__
+from vllm_attentionpack.calibrate.assemble import Budget
 from vllm_attentionpack.calibrate.engine import Progress, feed, statistics_engine
 from vllm_attentionpack.calibrate.settings import CalibrateSettings, make_settings
 from vllm_attentionpack.errors import CalibrationDataError
-from vllm_attentionpack.evaluate.data import Dataset, read_dataset
+from vllm_attentionpack.evaluate.data import Dataset, Item, read_dataset
+from vllm_attentionpack.evaluate.simulate.codec import CacheShape, PackCodec
 from vllm_attentionpack.packfile import Pack, PackHeader, Provenance, save_pack
-from vllm_attentionpack.packfile.schema import FORMAT_VERSION
+from vllm_attentionpack.packfile.schema import FORMAT_VERSION, Fingerprint
+
+if TYPE_CHECKING:
+    from vllm_attentionpack.calibrate.collector import Collector
 
 logger = logging.getLogger("vllm.attentionpack")
 
 #: With fewer visual tokens than this, `auto` codes them like text: their statistics are noise.
 MIN_VISUAL_TOKENS = 64
+#: Where sensitivities are measured when the ratio is yet to be found.
+_SENSITIVITY_RATIO = 8.0
 
 
-def calibrate(model: str, data: Any, ratio: float, output: Any = None, **options: Any) -> Pack:
+def calibrate(
+    model: str, data: Any, ratio: float | Literal["auto"], output: Any = None, **options: Any
+) -> Pack:
     """Calibrates a model and writes its pack.
 
     Args:
         model: name or path, as vLLM takes it.
         data: path of the calibration data (`evaluate.data`).
-        ratio: compression to reach, against dense bfloat16.
+        ratio: compression to reach, against dense bfloat16; `auto` for the largest whose loss on
+            held-out items stays within `max_kl`.
         output: path of the pack; None writes none.
         **options: fields of `CalibrateSettings`; every other keyword goes to `vllm.LLM`.
 
@@ -46,6 +58,8 @@ def run_calibration(settings: CalibrateSettings) -> Pack:
     """Starts the engine, gathers statistics, chooses bases and bits, writes the pack.
 
     The same settings, data, versions and machine give the same pack, header and tensors bit by bit.
+    A pack that fails its validation is written like any other; its header says so, and serving
+    warns.
 
     Raises:
         CalibrationDataError: the data cannot be used.
@@ -62,25 +76,29 @@ def run_calibration(settings: CalibrateSettings) -> Pack:
 
 
 def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
-    from vllm_attentionpack.attention.fingerprint import fingerprint
-    from vllm_attentionpack.calibrate.assemble import Budget, assemble
+    from vllm_attentionpack.calibrate.assemble import Assembler
     from vllm_attentionpack.calibrate.collector import Collector
+    from vllm_attentionpack.calibrate.sensitivity import measure_sensitivity, predicted_kl
+    from vllm_attentionpack.calibrate.validate import Candidate, Validator, split_items
     from vllm_attentionpack.codec.allocate import MAX_PAGE_SIZE_CLASSES
+    from vllm_attentionpack.evaluate.simulate.measure import Simulator
 
+    fitted: tuple[Item, ...] = dataset.items
+    held_out: tuple[Item, ...] = ()
+    if settings.validates:
+        fitted, held_out = split_items(dataset, settings.validation_share, settings.seed)
     (collector,) = llm.apply_model(lambda model: Collector.install(model, settings.group_size))
-    # A pack is about the layers that it covers; those with other attention are not among them.
-    found = fingerprint(llm.model_config).model_copy(
-        update={"num_layers": len(collector.recorders)}
-    )
+    found = _fingerprint(llm, collector)
     try:
         budget = Budget(
             found.num_layers, found.num_kv_heads, found.head_size, collector.heads_per_group
         )
-        budget.bytes_per_token(settings.ratio)  # before the work, not after it
+        if settings.ratio != "auto":
+            budget.bytes_per_token(settings.ratio)  # before the work, not after it
         with _progress_bar() as progress:
             feed(
                 llm,
-                dataset,
+                replace(dataset, items=fitted),
                 lambda: collector.tokens,
                 settings.max_tokens,
                 settings.seed,
@@ -96,27 +114,74 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
         tokens,
         visual_tokens,
     )
-    layers, packs = assemble(
+    shape = CacheShape(
+        tuple(recorder.layer.layer_name for recorder in collector.recorders),
+        found.num_query_heads,
+        found.num_kv_heads,
+        found.head_size,
+    )
+    assembler = Assembler(
         collector.statistics(max_context, modalities, llm.model_config.dtype),
-        ratio=settings.ratio,
-        heads_per_group=collector.heads_per_group,
-        regularization=settings.regularization,
-        layer_weights=settings.layer_weights,
-        max_page_sizes=1 if settings.sinks or settings.window else MAX_PAGE_SIZE_CLASSES,
+        collector.heads_per_group,
+        settings.regularization,
     )
-    header = PackHeader(
-        format_version=FORMAT_VERSION,
-        fingerprint=found,
-        provenance=_provenance(settings, dataset, tokens, visual_tokens),
-        heads_per_group=collector.heads_per_group,
-        num_modalities=modalities,
-        ratio=settings.ratio,
-        max_context=max_context,
-        sinks=settings.sinks,
-        window=settings.window,
-        layers=layers,
-    )
-    return Pack(header, packs)
+
+    # one size of pages for all layers: beside them stand those of the exact tokens
+    max_page_sizes = 1 if settings.sinks or settings.window else MAX_PAGE_SIZE_CLASSES
+    sensitivity = None
+    if settings.sensitivity == "measured":
+        items = _drawn(fitted, settings.seed)
+        simulator = Simulator(llm, shape, items, settings.sensitivity_tokens)
+        start = settings.ratio if settings.ratio != "auto" else _SENSITIVITY_RATIO
+        with _progress_bar("measuring sensitivity") as progress:
+            assembled = assembler.at(start, settings.layer_weights)
+            sensitivity = measure_sensitivity(
+                simulator,
+                PackCodec(shape, assembled.codecs(simulator.device)),
+                assembler.distortion(assembled),
+                lambda fraction: progress(fraction, simulator.tokens),
+            )
+
+    def candidate(ratio: float) -> Candidate:
+        assembled = assembler.at(ratio, settings.layer_weights, sensitivity, max_page_sizes)
+        header = PackHeader(
+            format_version=FORMAT_VERSION,
+            fingerprint=found,
+            provenance=_provenance(settings, dataset, tokens, visual_tokens),
+            heads_per_group=collector.heads_per_group,
+            num_modalities=modalities,
+            ratio=ratio,
+            max_context=max_context,
+            sinks=settings.sinks,
+            window=settings.window,
+            layers=assembled.headers,
+        )
+        foretold = None
+        if sensitivity is not None:
+            foretold = predicted_kl(sensitivity, assembler.distortion(assembled))
+        return Candidate(Pack(header, assembled.packs), foretold)
+
+    if not settings.validates:
+        assert settings.ratio != "auto"
+        return candidate(settings.ratio).pack
+    validator = Validator(llm, shape, held_out, settings.max_kl)
+    if settings.ratio == "auto":
+        return validator.smallest(candidate, budget)
+    return validator.marked(candidate(settings.ratio))
+
+
+def _drawn(items: Sequence[Item], seed: int) -> list[Item]:
+    """In the order in which `feed` takes them."""
+    order = list(items)
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def _fingerprint(llm: Any, collector: "Collector") -> Fingerprint:
+    """A pack is about the layers that it covers; those with other attention are not among them."""
+    from vllm_attentionpack.attention.fingerprint import fingerprint
+
+    return fingerprint(llm.model_config).model_copy(update={"num_layers": len(collector.recorders)})
 
 
 def _modalities(settings: CalibrateSettings, tokens: int, visual_tokens: int) -> int:
@@ -147,14 +212,14 @@ def _provenance(
 
 
 @contextmanager
-def _progress_bar() -> Iterator[Progress]:
+def _progress_bar(what: str = "calibrating") -> Iterator[Progress]:
     """A bar on stderr with tokens, tokens per second and the time that is left."""
     from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
     columns = (
-        TextColumn("calibrating"),
+        TextColumn(what),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[tokens]:,} tokens, {task.fields[speed]:,.0f} tokens/s"),

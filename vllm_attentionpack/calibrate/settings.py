@@ -20,7 +20,11 @@ class CalibrateSettings(BaseModel):
     Attributes:
         model: name or path of the model, as vLLM takes it.
         data: JSON lines or text file (`evaluate.data`).
-        ratio: dense bfloat16 bytes over stored bytes per token; met or exceeded.
+        ratio: dense bfloat16 bytes over stored bytes per token; met or exceeded. `auto`: the
+            largest ratio whose loss on held-out items stays within `max_kl`.
+        validate_pack: measure the pack on held-out items and mark it where it exceeds `max_kl`.
+        max_kl: largest divergence from the dense cache on held-out items, in nats per token.
+        validation_share: fraction of the items that is held out of the statistics for it.
         output: where the pack is written; None keeps it in memory.
         group_size: KV heads coded jointly, a divisor of their number. More heads compress better,
             cost more arithmetic and allow fewer tensor-parallel ranks. `auto`: the largest with at
@@ -32,6 +36,10 @@ class CalibrateSettings(BaseModel):
         modalities: 1 codes all tokens by one basis, 2 visual tokens by their own; `auto` takes 2
             when at least `run.MIN_VISUAL_TOKENS` were seen.
         regularization: see `codec.transform.principal_basis`.
+        sensitivity: what errors in each layer's keys and values cost: `measured` on
+            `sensitivity_tokens` of the calibration data, which takes two forwards over them per
+            layer, or `uniform`.
+        sensitivity_tokens: at most this many, whole prompts.
         layer_weights: price of each layer's relative distortion; None prices all alike.
         sinks: tokens at the start of a request to keep exact, a recommendation to the server.
         window: tokens at its end to keep exact, the newest included; likewise. With either, all
@@ -43,7 +51,10 @@ class CalibrateSettings(BaseModel):
 
     model: str
     data: Path
-    ratio: PositiveFloat = 8.0
+    ratio: PositiveFloat | Literal["auto"] = 8.0
+    validate_pack: bool = False
+    max_kl: PositiveFloat = 0.05
+    validation_share: float = Field(default=0.2, gt=0, lt=1)
     output: Path | None = None
     group_size: PositiveInt | Literal["auto"] = "auto"
     max_tokens: PositiveInt | None = None
@@ -51,10 +62,17 @@ class CalibrateSettings(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**32)
     modalities: Literal["auto", 1, 2] = "auto"
     regularization: PositiveFloat = 1e-2
+    sensitivity: Literal["measured", "uniform"] = "measured"
+    sensitivity_tokens: PositiveInt = 8192
     layer_weights: tuple[PositiveFloat, ...] | None = None
     sinks: int = Field(default=DEFAULT_SINKS, ge=0)
     window: int = Field(default=DEFAULT_WINDOW, ge=0)
     engine: dict[str, Any] = {}
+
+    @property
+    def validates(self) -> bool:
+        """Whether items are held out."""
+        return self.validate_pack or self.ratio == "auto"
 
 
 def make_settings(values: Mapping[str, Any], source: str) -> CalibrateSettings:

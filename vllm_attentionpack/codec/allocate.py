@@ -41,6 +41,14 @@ class UnitCurve:
     def max_quanta(self) -> int:
         return len(self.choices) - 1
 
+    def priced(self, price: float) -> "UnitCurve":
+        """The curve in units of which one is worth `price`."""
+        return UnitCurve(self.distortion * price, self.choices)
+
+    def distortion_of(self, counts: PlaneCounts) -> float:
+        """The distortion of one of `choices`."""
+        return float(self.distortion[self.choices.index(counts)])
+
 
 def unit_curve(variance: np.ndarray) -> UnitCurve:
     """Tabulates the best use of every number of quanta.

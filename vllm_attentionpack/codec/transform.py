@@ -22,19 +22,34 @@ from vllm_attentionpack.codec.quantize import step_and_distortion
 class PrincipalBasis:
     """All principal directions of one (layer, head group, K|V), before ranks and bits are chosen.
 
+    The maps are kept as factors, in float32, which is all that a pack stores: those of a large
+    model would otherwise be the peak of memory.
+
     Attributes:
         mean: float64 `[M, GD]`.
-        encode: float64 `[M, GD, GD]`, `c = (x - mean) @ encode`, variances in falling order.
-        decode: float64 `[M, GD, GD]`, the inverse of `encode`.
-        variance: float64 `[M, GD]`, of `c`: the error that dropping each dim costs.
+        vectors: float32 `[M, GD, GD]`, orthonormal columns, variances in falling order.
+        root: float64 `[G, D, D]`, the square root of each head's metric.
+        inverse: float64 `[G, D, D]`, its inverse.
+        variance: float64 `[M, GD]`, of the latents: the error that dropping each dim costs.
         share: float64 `[M]`, the fraction of calibration tokens of each modality; sums to one.
     """
 
     mean: Tensor
-    encode: Tensor
-    decode: Tensor
+    vectors: Tensor
+    root: Tensor
+    inverse: Tensor
     variance: Tensor
     share: Tensor
+
+    @property
+    def encode(self) -> Tensor:
+        """float64 `[M, GD, GD]`, `c = (x - mean) @ encode`."""
+        return torch.block_diag(*self.root) @ self.vectors.double()
+
+    @property
+    def decode(self) -> Tensor:
+        """float64 `[M, GD, GD]`, the inverse of `encode`."""
+        return self.vectors.double().mT @ torch.block_diag(*self.inverse)
 
     @property
     def spectrum(self) -> Tensor:
@@ -72,7 +87,8 @@ def principal_basis(
             calibration saw no query use are kept at a low price rather than for nothing) and, per
             head size of tokens, to a modality's covariance from all modalities together.
     """
-    root, inverse = _metric_roots(metric, regularization)
+    roots, inverses = _metric_roots(metric, regularization)
+    root = torch.block_diag(*roots)
     covariance = second - mean[:, :, None] * mean[:, None, :]
     share = count.double() / count.sum()
     pooled = (covariance * share[:, None, None]).sum(0)
@@ -83,11 +99,11 @@ def principal_basis(
     whitened = (whitened + whitened.mT) / 2
     variance, vectors = torch.linalg.eigh(whitened)
     variance, vectors = variance.flip(-1).clamp_min(0), vectors.flip(-1)
-    return PrincipalBasis(mean, root @ vectors, vectors.mT @ inverse, variance, share)
+    return PrincipalBasis(mean, vectors.float(), roots, inverses, variance, share)
 
 
 def _metric_roots(metric: Tensor, regularization: float) -> tuple[Tensor, Tensor]:
-    """Block-diagonal `metric^(1/2)` and its inverse, float64 `[GD, GD]` each."""
+    """`metric^(1/2)` of every head and its inverse, float64 `[G, D, D]` each."""
     roots, inverses = [], []
     # One floor for the whole group: a head that hardly matters must not be whitened up.
     floor = metric.diagonal(dim1=-2, dim2=-1).mean() * regularization
@@ -96,4 +112,4 @@ def _metric_roots(metric: Tensor, regularization: float) -> tuple[Tensor, Tensor
         value = (value.clamp_min(0) + floor.clamp_min(1e-30)).sqrt()
         roots.append((vector * value) @ vector.T)
         inverses.append((vector / value) @ vector.T)
-    return torch.block_diag(*roots), torch.block_diag(*inverses)
+    return torch.stack(roots), torch.stack(inverses)

@@ -56,6 +56,29 @@ class Provenance(_Frozen):
     attentionpack_version: str
 
 
+class Validation(_Frozen):
+    """What a pack lost on data that its statistics had not seen; informative, never checked.
+
+    Attributes:
+        kl: nats per token against the dense cache, every token read from codes; the mean over
+            items, so that long texts do not count more than short answers.
+        predicted_kl: what the statistics had foretold.
+        top1_agreement: share of tokens with the same likeliest token.
+        max_kl: what `kl` was allowed to be.
+        tokens: scored.
+    """
+
+    kl: Annotated[float, Field(ge=0)]
+    predicted_kl: Annotated[float, Field(ge=0)] | None
+    top1_agreement: Annotated[float, Field(ge=0, le=1)]
+    max_kl: Annotated[float, Field(gt=0)]
+    tokens: PositiveInt
+
+    @property
+    def passed(self) -> bool:
+        return self.kl <= self.max_kl
+
+
 class PlaneHeader(_Frozen):
     """Plane counts in the file (see `codec.layout.PlaneCounts`)."""
 
@@ -80,6 +103,15 @@ class LayerHeader(_Frozen):
     bytes_per_token: PositiveInt
     groups: tuple[GroupHeader, ...]
 
+    def layout(self, heads_per_group: int, head_size: int) -> LayerLayout:
+        """The byte layout."""
+        return LayerLayout(
+            groups=tuple(GroupLayout(g.key.counts(), g.value.counts()) for g in self.groups),
+            heads_per_group=heads_per_group,
+            head_size=head_size,
+            bytes_per_token=self.bytes_per_token,
+        )
+
 
 class PackHeader(_Frozen):
     """Everything of a pack but its tensors.
@@ -95,6 +127,7 @@ class PackHeader(_Frozen):
         sinks: tokens at the start of a request that are best kept exact (advice to the server).
         window: tokens at its end likewise, the newest included.
         layers: in the order of the model.
+        validation: None where it was not asked for.
     """
 
     format_version: PositiveInt
@@ -107,17 +140,12 @@ class PackHeader(_Frozen):
     sinks: Count = 0
     window: Count = 0
     layers: tuple[LayerHeader, ...]
+    validation: Validation | None = None
 
     def layouts(self) -> list[LayerLayout]:
         """The byte layout of every layer."""
         return [
-            LayerLayout(
-                groups=tuple(GroupLayout(g.key.counts(), g.value.counts()) for g in layer.groups),
-                heads_per_group=self.heads_per_group,
-                head_size=self.fingerprint.head_size,
-                bytes_per_token=layer.bytes_per_token,
-            )
-            for layer in self.layers
+            layer.layout(self.heads_per_group, self.fingerprint.head_size) for layer in self.layers
         ]
 
     @property

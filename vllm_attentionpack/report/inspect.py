@@ -8,7 +8,7 @@ from rich.table import Table
 
 from vllm_attentionpack.codec.layout import KINDS, GroupLayout, LayerLayout, PlaneCounts
 from vllm_attentionpack.kv_cache.pages import PageGeometry, page_geometry
-from vllm_attentionpack.packfile.schema import PackHeader
+from vllm_attentionpack.packfile.schema import PackHeader, Validation
 
 #: Context lengths for which the inspection states what exact tokens cost.
 _CONTEXTS = (2048, 32768)
@@ -75,9 +75,24 @@ def _header_table(header: PackHeader, facts: dict[str, Any]) -> Table:
         "made by": f"vllm-attentionpack {provenance.attentionpack_version} with vLLM "
         f"{provenance.vllm_version}, pack format {header.format_version}",
     }
+    if header.validation is not None:
+        style = "" if header.validation.passed else "[bold red]"
+        rows["validation"] = style + validation_text(header.validation)
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def validation_text(validation: Validation) -> str:
+    """One line: whether it passed, what was measured, what was foretold."""
+    foretold = (
+        "" if validation.predicted_kl is None else f", foretold {validation.predicted_kl:.4f}"
+    )
+    return (
+        f"{'passed' if validation.passed else 'FAILED'}: {validation.kl:.4f} nats per token"
+        f"{foretold} (at most {validation.max_kl:g}), {validation.top1_agreement:.1%} of "
+        f"{validation.tokens:,} held-out tokens with the same likeliest token"
+    )
 
 
 def _exact_tokens(header: PackHeader) -> str:

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from vllm_attentionpack.report.goals import breaking_ratios, goals
+
 
 def with_figures(text: str, results: Path) -> str:
     """`text` with what stands between `<!-- figures: NAME -->` and `<!-- end -->` made anew.
@@ -57,4 +59,53 @@ def _packs(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_TABLES = {"reference_vlm_packs": _packs}
+def _codecs(result: dict[str, Any]) -> str:
+    """One row per codec, most bytes first, and the goals that they answer."""
+    subject = result["subject"]
+    groups = list(result["dense"])
+    names = [group.partition("=")[2] for group in groups]
+    answered = [g for g in groups if result["dense"][g]["accuracy"] is not None]
+    lines = [
+        f"| codec | ratio | KL {' / '.join(names)} | accuracy "
+        + " / ".join(group.partition("=")[2] for group in answered)
+        + " |",
+        "|---|---|---|---|",
+    ]
+    for row in sorted(result["rows"], key=lambda row: row["ratio"]):
+        name = f"**{row['name']}**" if row["family"] == "ours" else row["name"]
+        lines.append(
+            f"| {name} | {row['ratio']:.2f}x | "
+            + " / ".join(f"{row['groups'][g]['kl']:.5f}" for g in groups)
+            + " | "
+            + " / ".join(f"{row['groups'][g]['accuracy']:.1%}" for g in answered)
+            + " |"
+        )
+    dense = " / ".join(f"{result['dense'][g]['accuracy']:.1%}" for g in answered)
+    machine = result["machine"]
+    lines += [
+        "",
+        f"{subject['layers']} layers, {subject['query_heads']} query and {subject['kv_heads']} KV "
+        f"heads x {subject['head_size']}, {subject['mean_context']:.0f} tokens per prompt on "
+        f"average; dense accuracy {dense}. {result['note']} vLLM {machine['vllm']}, float32.",
+        "",
+        "| goal | kind | measured | bound | |",
+        "|---|---|---|---|---|",
+    ]
+    verdicts = {True: "met", False: "**missed**", None: "reported"}
+    for goal in goals(result):
+        form = "{:.1%}" if goal.text.startswith("accuracy") else "{:.5f}"
+        value, bound = form.format(goal.value), form.format(goal.bound)
+        kind = goal.group.partition("=")[2]
+        lines.append(f"| {goal.text} | {kind} | {value} | {bound} | {verdicts[goal.passed]} |")
+    for group, ratio in breaking_ratios(result).items():
+        where = "nowhere up to the last ratio" if ratio is None else f"at {ratio:.2f}x"
+        kind = group.partition("=")[2]
+        lines.append(f"| accuracy falls by more than a point | {kind} | {where} | | reported |")
+    return "\n".join(lines)
+
+
+_TABLES = {
+    "reference_vlm_packs": _packs,
+    "reference_vlm_codecs": _codecs,
+    "wide_vlm_codecs": _codecs,
+}

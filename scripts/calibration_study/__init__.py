@@ -1,0 +1,1 @@
+"""Ablations of the calibration, each alone, at equal bytes (scripts/measure_calibration.py)."""

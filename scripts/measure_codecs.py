@@ -1,0 +1,85 @@
+#!/usr/bin/env python3
+"""Measure our packs and every baseline on a model, at counted bytes; store the rows as JSON.
+
+Everything runs in one engine: every token of the held-out items is read from codes, answers are
+teacher-forced (an answer counts as right when every one of its tokens is the likeliest). Model and
+cache are float32, so that a codec is charged with its own rounding only; "bf16" shows what the
+dense cache of a bfloat16 model rounds. `--draw` draws held-out items of the reference model anew,
+three times as many as the repository holds, by a seed that neither calibration nor training knows.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from calibration_study.setting import Setting, drawn_items, store
+
+from vllm_attentionpack.evaluate.baselines.catalogue import baselines
+from vllm_attentionpack.evaluate.simulate.capture import capture
+from vllm_attentionpack.evaluate.simulate.codec import ExactTokens, PackCodec
+from vllm_attentionpack.evaluate.simulate.measure import Simulator
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = ROOT / "examples" / "reference-vlm"
+#: For the rotations of OSCAR.
+_CAPTURED_TOKENS = 16_384
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--name", default="reference_vlm", help="of the result file")
+    parser.add_argument("--model", type=Path, default=EXAMPLE / "model")
+    parser.add_argument("--data", type=Path, default=EXAMPLE / "calibrate.jsonl")
+    parser.add_argument("--heldout", type=Path, default=EXAMPLE / "heldout.jsonl")
+    parser.add_argument("--draw", action="store_true", help="instead of --heldout")
+    parser.add_argument("--heldout-tokens", type=int, help="use whole items up to so many")
+    parser.add_argument("--calibration-tokens", type=int, help="stop gathering after so many")
+    parser.add_argument("--sensitivity-tokens", type=int, default=8192)
+    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--max-context", type=int, default=512)
+    parser.add_argument("--group-sizes", type=int, nargs="+", help="[default: all]")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[4, 5, 6, 8, 10, 12, 16])
+    parser.add_argument("--exact-ratios", type=float, nargs="+", default=[8, 10, 12, 16])
+    parser.add_argument("--sinks", type=int, default=4)
+    parser.add_argument("--recent", type=int, default=64)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
+    options = parser.parse_args()
+    exact = f"{options.sinks} + {options.recent} exact"
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Setting.start(
+            options.model, options.data, options.max_model_len, options.calibration_tokens
+        ) as setting,
+    ):
+        setting.sensitivity_tokens = options.sensitivity_tokens
+        items = drawn_items(Path(folder)) if options.draw else setting.items(options.heldout)
+        table = setting.table(items, options.heldout_tokens)
+        captured = capture(
+            Simulator(setting.llm, setting.shape, setting.dataset.items, _CAPTURED_TOKENS)
+        )
+        coded_only_when_old = ExactTokens(options.sinks, options.recent, beside_codes=False)
+        for name, codec in baselines(setting.shape, captured, coded_only_when_old).items():
+            table.add(name.split()[0] if " " in name else name, name, codec)
+        del captured
+        for group_size in options.group_sizes or setting.group_sizes:
+            fitted = setting.fitted(group_size, options.max_context)
+            joint = group_size == max(setting.group_sizes)
+            family = "ours" if joint else f"ours, {group_size} heads per group"
+            for ratio in options.ratios if joint else (4.0, 8.0):
+                assembled = fitted.at(ratio)
+                codec = PackCodec(setting.shape, assembled.codecs(table.device))
+                table.add(family, f"{family} {ratio:g}x", codec, predicted=fitted.predicted)
+                if joint and ratio in options.exact_ratios:
+                    windowed = PackCodec(
+                        setting.shape,
+                        assembled.codecs(table.device),
+                        ExactTokens(options.sinks, options.recent),
+                    )
+                    table.add(f"ours, {exact}", f"ours {ratio:g}x codes, {exact}", windowed)
+    store(options.out / f"{options.name}_codecs.json", setting, table, vars(options))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

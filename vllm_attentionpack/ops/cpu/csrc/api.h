@@ -1,0 +1,59 @@
+// The C interface of the kernels: plain pointers, so that building them needs no PyTorch.
+//
+// `library.py` mirrors these structures; `plan.py` makes the orders and layouts.
+#pragma once
+
+#include <cstdint>
+
+namespace attentionpack {
+
+// One plane of a (head group, K|V): `dims` codes of `bits` bits in `bytes` bytes per token, at
+// `offset` in a block.
+struct Plane {
+    int64_t bits, dims, bytes, offset;
+};
+
+// All planes of one (head group, K|V). `scales` is the offset of its plane of scales.
+struct Side {
+    int64_t num_planes, rank, scales;
+    Plane planes[3];
+};
+
+struct Group {
+    Side key, value;
+};
+
+struct Attend {
+    int64_t threads, num_requests, num_groups, modalities;
+    int64_t heads_per_group;  // KV heads
+    int64_t repeats;          // query heads per KV head
+    int64_t tokens;           // all queries of the step
+    int64_t block_size, block_bytes, table_stride;
+    int64_t causal;
+    // Of the numbers that codes are multiplied with: 32 (floats), 16, or 8 (where codes have two).
+    int64_t bits;
+    const Group* groups;
+    const uint8_t* cache;
+    const int32_t* table;
+    const int32_t* starts;  // null: all zero
+    const int32_t* stops;
+    const int32_t* query_start_loc;
+    const float* const* queries;  // per group [G, T, repeats, M * (Rk + 1)]
+    float* const* outputs;        // per group [G, T, repeats, M * (lanes of V + 1)]
+    float* lse;                   // [T, Hq]
+};
+
+struct Store {
+    int64_t threads, tokens, rank, block_size, block_bytes;
+    int64_t modalities;
+    Side side;
+    const float* latent;        // [T, rank], without the bias
+    const float* bias;          // [M, rank]
+    const float* step;          // [rank]
+    const float* weight;        // [M, rank]
+    const int64_t* slots;       // [T]
+    const uint8_t* visual;      // [T], or null: all text
+    uint8_t* cache;
+};
+
+}  // namespace attentionpack

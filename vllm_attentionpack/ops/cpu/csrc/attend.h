@@ -1,0 +1,666 @@
+// Attention of a few query rows to a stretch of codes, for one instruction set.
+//
+// Tokens are gathered into tiles of one modality. Codes of a tile are unpacked once and multiplied
+// with all rows of the head group: keys with the tokens side by side in the lanes, values with the
+// latent dims side by side, so that neither product needs a sum across lanes. Both products see
+// 32-bit lanes: two 16-bit integers (queries and weights are quantised per row, 16 bits against the
+// 8 of bfloat16), or one float where the model runs in float32 or latents are bfloat16.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+#include "api.h"
+#include "kernels.h"
+#include "vector.h"
+
+namespace attentionpack {
+namespace {
+
+constexpr int kTile = 128;     // tokens whose weights share one scale
+constexpr int kSub = 32;       // tokens whose keys are unpacked at a time: 128 steps fill 16 KiB
+constexpr int kSteps = 128;    // 255 * 32767 * 2 * 128 still fits an int32
+constexpr int kSubVectors = kSub / kLanes;
+constexpr int kValueVectors = 4;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLargest16 = 32767.0f, kLargest8 = 127.0f;
+// Weights of a tile go to 8 bits, for the planes of 2 bits, where the largest is at most this many
+// times their root mean square: rounding then adds less than 1.4 % to dims whose own error is 34 %.
+constexpr float kEvenWeights = 6.0f;
+// Queries go to 8 bits, for the planes of 2 bits, where that moves logits by less than this (root
+// mean square).
+constexpr float kQuadError = 0.01f;
+
+// Tokens of one modality, in the order of their positions.
+struct Tile {
+    int count = 0;
+    const uint8_t* block[kTile];
+    int32_t slot[kTile];
+    int32_t position[kTile];
+    float key_scale[kTile];
+    float value_scale[kTile];
+};
+
+// `NARROW`: planes of 2 bits may go by `Quads`.
+template <bool NARROW>
+struct Integers {
+    typedef Int Sum;
+    static constexpr int kPerStep = 2;
+    static constexpr bool kNarrow = NARROW;
+    static AP_INLINE Sum step(Sum acc, int32_t left, Int right) {
+        return dot(acc, splat(left), right);
+    }
+    static AP_INLINE Float value(Sum acc) { return to_float(acc); }
+};
+
+// Four codes of two bits to a lane, against numbers of 8 bits: what that adds to the error of 2-bit
+// codes is small, and it is twice as fast.
+struct Quads {
+    typedef Int Sum;
+    static constexpr int kPerStep = 4;
+    static AP_INLINE Sum step(Sum acc, int32_t left, Int right) {
+        return dot_quad(acc, right, splat(left));
+    }
+    static AP_INLINE Float value(Sum acc) { return to_float(quad_sum(acc)); }
+};
+
+struct Floats {
+    typedef Float Sum;
+    static constexpr int kPerStep = 1;
+    static constexpr bool kNarrow = false;
+    static AP_INLINE Sum step(Sum acc, int32_t left, Int right) {
+        return acc + (Float)splat(left) * (Float)right;
+    }
+    static AP_INLINE Float value(Sum acc) { return acc; }
+};
+
+// out[r][n] = sum over steps of left[r][step] * right[step][n]; a register block.
+template <class A, int ROWS, int N>
+AP_INLINE void multiply(const int32_t* left, int64_t left_stride, const Int* right,
+                        int64_t right_stride, int steps, typename A::Sum (&out)[ROWS][N]) {
+    for (int r = 0; r < ROWS; ++r)
+        for (int n = 0; n < N; ++n) out[r][n] = typename A::Sum{};
+    for (int s = 0; s < steps; ++s) {
+        Int column[N];
+        for (int n = 0; n < N; ++n) column[n] = right[s * right_stride + n];
+        for (int r = 0; r < ROWS; ++r) {
+            for (int n = 0; n < N; ++n) {
+                out[r][n] = pinned(A::step(out[r][n], left[r * left_stride + s], column[n]));
+            }
+        }
+    }
+}
+
+constexpr int zero_doubled(int64_t bits) { return bits == 16 ? 0 : (1 << bits) - 1; }
+
+// Words of a plane that share a scale of the queries and are unpacked at a time. Planes that may go
+// by quads have half of what fits, which `kQuadSteps` covers.
+template <class A>
+AP_INLINE int64_t words_per_segment(int64_t bits) {
+    return (A::kNarrow && bits == 2 ? kSteps / 2 : kSteps) * A::kPerStep * bits / 32;
+}
+
+template <class A, int BITS, bool QUADS = false>
+AP_INLINE void unpack_key_words(const uint32_t* words, int64_t count, Int* out) {
+    constexpr uint32_t mask = (1u << BITS) - 1;
+    const auto each = [&](int64_t w, int shift, auto unpack) {
+        for (int v = 0; v < kSubVectors; ++v)
+            *out++ = unpack(load<Word>(words + w * kSub + v * kLanes) >> shift);
+    };
+    const auto pair = [](Word word) { return (Int)(word & (mask << 16 | mask)); };
+    const auto quad = [](Word word) { return (Int)(word & (mask * 0x01010101u)); };
+    const auto single = [](Word word) {
+        return (Int)(to_float(word & mask) - 0.5f * zero_doubled(BITS));
+    };
+    for (int64_t w = 0; w < count; ++w) {
+        if constexpr (QUADS) {
+            for (int k = 0; k < 8; k += BITS) each(w, k, quad);
+            continue;
+        }
+        for (int k = 0; k < 8; k += BITS) {
+            for (int shift = k; shift < 16; shift += 8) {
+                if constexpr (A::kPerStep == 2)
+                    each(w, shift, pair);
+                else
+                    for (int high = 0; high < 32; high += 16) each(w, high + shift, single);
+            }
+        }
+    }
+}
+
+AP_INLINE void unpack_key_words_16(const uint32_t* words, int64_t count, Int* out) {
+    for (int64_t w = 0; w < count; ++w) {
+        for (int v = 0; v < kSubVectors; ++v)
+            *out++ = (Int)(load<Word>(words + w * kSub + v * kLanes) << 16);
+        for (int v = 0; v < kSubVectors; ++v)
+            *out++ = (Int)(load<Word>(words + w * kSub + v * kLanes) & 0xffff0000u);
+    }
+}
+
+// [words of a segment][kSub tokens] -> [steps][kSub tokens].
+template <class A>
+void unpack_keys(int64_t bits, const uint32_t* words, int64_t count, Int* out) {
+    switch (bits) {
+        case 8: return unpack_key_words<A, 8>(words, count, out);
+        case 4: return unpack_key_words<A, 4>(words, count, out);
+        case 2: return unpack_key_words<A, 2>(words, count, out);
+        default: return unpack_key_words_16(words, count, out);
+    }
+}
+
+float largest_magnitude(const float* from, int64_t count) {
+    Float top{};
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const Float x = part(from, i, count);
+        top = maximum(top, maximum(x, Float{} - x));
+    }
+    return largest(top);
+}
+
+// Whole numbers of at most `limit` for `count` floats; returns what one of them stands for, and
+// their sum.
+template <class T>
+float quantize(const float* from, int64_t count, float limit, void* to, float* total) {
+    const float scale = std::max(largest_magnitude(from, count), 1e-30f) / limit;
+    const float inverse = 1.0f / scale;
+    typedef T Narrow __attribute__((vector_size(sizeof(T) * kLanes)));
+    Int sums{};
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const Int rounded = to_int(part(from, i, count) * inverse);
+        const Narrow narrow = __builtin_convertvector(rounded, Narrow);
+        const int64_t lanes = std::min<int64_t>(kLanes, count - i);
+        std::memcpy(static_cast<T*>(to) + i, &narrow, lanes * sizeof(T));
+        sums += rounded;
+    }
+    float sum_of_floats = 0;
+    for (int i = 0; i < kLanes; ++i) sum_of_floats += float(sums[i]);
+    *total = sum_of_floats;
+    return scale;
+}
+
+// Latent dims come in the order in which pairs take the bytes of a word, 0 2 1 3; quads take them
+// as they lie.
+AP_INLINE void order_quads(int32_t* quads, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+        const uint32_t q = uint32_t(quads[i]);
+        quads[i] = int32_t((q & 0xff0000ffu) | (q & 0xff00u) << 8 | (q & 0xff0000u) >> 8);
+    }
+}
+
+// One chunk of kLanes bytes (kLanes latents of 16 bits) of all tokens of a tile becomes 8 / BITS
+// vectors: out[step * stride + k], k the sub-plane.
+template <class A, int BITS>
+AP_INLINE void unpack_value_chunk(const uint8_t* const* rows, int64_t byte, int bytes, int steps,
+                                  Int* out) {
+    constexpr uint32_t mask = (1u << BITS) - 1;
+    constexpr int spread = 32 / A::kPerStep;  // bits from one token of a step to the next
+    const bool whole = bytes == kLanes;
+    for (int s = 0; s < steps; ++s) {
+        Word word{};
+        for (int e = 0; e < A::kPerStep; ++e) {
+            const uint8_t* from = rows[s * A::kPerStep + e] + byte;
+            const Word read = whole ? load_bytes(from)
+                                    : __builtin_convertvector(load_head<Bytes>(from, bytes), Word);
+            word |= read << (spread % 32 * e);
+        }
+        for (int k = 0; k < 8 / BITS; ++k) {
+            const Word codes = word >> (BITS * k);
+            if constexpr (A::kPerStep == 4)
+                out[s * kValueVectors + k] = (Int)(codes & (mask * 0x01010101u));
+            else if constexpr (A::kPerStep == 2)
+                out[s * kValueVectors + k] = (Int)(codes & (mask << 16 | mask));
+            else
+                out[s * kValueVectors + k] =
+                    (Int)(to_float(codes & mask) - 0.5f * zero_doubled(BITS));
+        }
+    }
+}
+
+AP_INLINE void unpack_value_chunk_16(const uint8_t* const* rows, int64_t byte, int bytes, int steps,
+                                     Int* out) {
+    for (int s = 0; s < steps; ++s) {
+        const Halves read = load_head<Halves>(rows[s] + byte, bytes);
+        out[s * kValueVectors] = (Int)(__builtin_convertvector(read, Word) << 16);
+    }
+}
+
+// Lanes of the attended values of one head group: every sub-plane is padded to whole vectors.
+int64_t value_lanes(const Side& side) {
+    int64_t vectors = 0;
+    for (int p = 0; p < side.num_planes; ++p) {
+        const Plane& plane = side.planes[p];
+        const int64_t chunk = plane.bits == 16 ? 2 * kLanes : kLanes;
+        vectors += (plane.bytes + chunk - 1) / chunk * (plane.bits == 16 ? 1 : 8 / plane.bits);
+    }
+    return vectors * kLanes;
+}
+
+// Work areas of one thread.
+struct Scratch {
+    alignas(64) Int codes[kSteps * kSubVectors > kTile * kValueVectors ? kSteps * kSubVectors
+                                                                        : kTile * kValueVectors];
+    alignas(64) uint32_t words[64 * kSub];
+    alignas(64) float logits[kMaxRows][kTile];
+    alignas(64) int32_t weights[kMaxRows][kTile];  // kTile / 2 pairs, or kTile floats
+    float weight_scale[kMaxRows];
+    float weight_zero[kMaxRows];  // sum of the weights over the tile, in the units of `weights`
+    // The same in 8 bits, of rows that are `even`.
+    alignas(64) Int quad_codes[kTile / 4 * kValueVectors];
+    alignas(64) int32_t quad_weights[kMaxRows][kTile / 4];
+    float quad_scale[kMaxRows];
+    float quad_zero[kMaxRows];
+    bool even[kMaxRows];
+    float keep[kMaxRows];
+    Tile tiles[2];
+};
+
+// Queries of one item and modality, ready for `multiply`; filled by `prepare_queries`.
+struct Queries {
+    int32_t* steps;      // [rows][stride], 16-bit pairs or floats, in the order of the key's words
+    float* scale;        // [rows][segments]
+    bool* quads;         // [segments]: 8-bit numbers instead, in the first half of the steps
+    float* bias;         // [rows]: what the zero points of all codes amount to
+    float* mean_logit;   // [rows]
+    int64_t stride, segments;
+};
+
+template <class A>
+class Attention {
+  public:
+    Attention(const Attend& args, const Piece& piece, uint8_t* memory)
+        : args_(args), piece_(piece), group_(args.groups[piece.group]) {
+        s_ = reinterpret_cast<Scratch*>(memory);
+        memory += sizeof(Scratch);
+        for (int64_t m = 0; m < args.modalities; ++m) {
+            Queries& q = queries_[m];
+            q.stride = group_.key.rank / A::kPerStep;
+            q.segments = count_segments(group_.key);
+            q.steps = take<int32_t>(memory, piece.rows * q.stride);
+            q.scale = take<float>(memory, piece.rows * q.segments);
+            q.quads = take<bool>(memory, q.segments);
+            q.bias = take<float>(memory, piece.rows);
+            q.mean_logit = take<float>(memory, piece.rows);
+            s_->tiles[m].count = 0;
+        }
+        lanes_ = value_lanes(group_.value);
+    }
+
+    void run() {
+        prepare_queries();
+        for (int64_t m = 0; m < args_.modalities; ++m) {
+            std::fill_n(piece_.top + m * piece_.rows, piece_.rows, -kInfinity);
+            std::fill_n(piece_.total + m * piece_.rows, piece_.rows, 0.0f);
+            std::fill_n(sum(m, 0), piece_.rows * lanes_, 0.0f);
+        }
+        const int32_t* table = args_.table + piece_.request * args_.table_stride;
+        const int64_t size = args_.block_size;
+        for (int64_t position = piece_.start; position < piece_.stop;) {
+            const uint8_t* block = args_.cache + int64_t(table[position / size]) * args_.block_bytes;
+            const int64_t end = std::min(piece_.stop, (position / size + 1) * size);
+            for (; position < end; ++position) append(block, int32_t(position % size), position);
+        }
+        for (int64_t m = 0; m < args_.modalities; ++m)
+            if (s_->tiles[m].count) process(m);
+    }
+
+    static int64_t memory(const Attend& args, int64_t rows, int64_t rank) {
+        const int64_t per_row = rank + 64 + rank / 4;
+        return sizeof(Scratch) + args.modalities * (rows * per_row * 4 + rank + 1024);
+    }
+
+  private:
+    template <class T>
+    static T* take(uint8_t*& memory, int64_t count) {
+        T* result = reinterpret_cast<T*>(memory);
+        memory += (count * sizeof(T) + 63) / 64 * 64;
+        return result;
+    }
+
+    static int64_t count_segments(const Side& side) {
+        int64_t segments = 0;
+        for (int p = 0; p < side.num_planes; ++p) {
+            const int64_t words = words_per_segment<A>(side.planes[p].bits);
+            segments += (side.planes[p].bytes / 4 + words - 1) / words;
+        }
+        return segments;
+    }
+
+    float* sum(int64_t m, int64_t row) { return piece_.sums + (m * piece_.rows + row) * lanes_; }
+
+    // Latent queries of all modalities of one row.
+    const float* query(int64_t row) const {
+        const int64_t heads = args_.heads_per_group * args_.repeats;
+        const int64_t token = piece_.first_token + (piece_.first_row + row) / heads;
+        const int64_t head = (piece_.first_row + row) % heads;
+        const int64_t kv = head / args_.repeats, repeat = head % args_.repeats;
+        return args_.queries[piece_.group] +
+               ((kv * args_.tokens + token) * args_.repeats + repeat) * args_.modalities *
+                   (group_.key.rank + 1);
+    }
+
+    void prepare_queries() {
+        const int64_t rank = group_.key.rank;
+        for (int64_t m = 0; m < args_.modalities; ++m) {
+            Queries& q = queries_[m];
+            for (int64_t row = 0; row < piece_.rows; ++row) {
+                q.mean_logit[row] = query(row)[args_.modalities * rank + m];
+                q.bias[row] = 0;
+            }
+            int64_t segment = 0, dim = 0;
+            for_segments(group_.key, [&](const Plane& plane, int64_t, int64_t words) {
+                const int64_t dims = words * 32 / plane.bits;
+                q.quads[segment] = A::kNarrow && plane.bits == 2 && narrow(m, dim, dims);
+                for (int64_t row = 0; row < piece_.rows; ++row)
+                    prepare_segment(q, row, query(row) + m * rank, plane, segment, dim, dims);
+                dim += dims;
+                ++segment;
+            });
+        }
+    }
+
+    // Whether 8-bit queries leave the logits of all rows as they are, but for kQuadError. A number
+    // is off by 0.29 steps, a code by 1.1 from zero, and scales of tokens are about one.
+    bool narrow(int64_t m, int64_t dim, int64_t dims) const {
+        const float limit =
+            kLargest8 * kQuadError / (0.29f * 1.1f * std::sqrt(float(group_.key.rank)));
+        for (int64_t row = 0; row < piece_.rows; ++row)
+            if (largest_magnitude(query(row) + m * group_.key.rank + dim, dims) > limit)
+                return false;
+        return true;
+    }
+
+    void prepare_segment(Queries& q, int64_t row, const float* query, const Plane& plane,
+                         int64_t segment, int64_t dim, int64_t dims) {
+        int32_t* out = q.steps + row * q.stride + dim / A::kPerStep;
+        float& scale = q.scale[row * q.segments + segment];
+        if constexpr (A::kPerStep == 1) {
+            std::memcpy(out, query + dim, dims * 4);
+            scale = 1;
+        } else {
+            float total;
+            if (q.quads[segment]) {
+                scale = quantize<int8_t>(query + dim, dims, kLargest8, out, &total);
+                order_quads(out, dims / 4);
+            } else {
+                scale = quantize<int16_t>(query + dim, dims, kLargest16, out, &total);
+            }
+            q.bias[row] -= scale * 0.5f * float(zero_doubled(plane.bits)) * total;
+        }
+    }
+
+    // Calls f(plane, first word, words) for every segment.
+    template <class F>
+    AP_INLINE void for_segments(const Side& side, F f) {
+        for (int p = 0; p < side.num_planes; ++p) {
+            const Plane& plane = side.planes[p];
+            const int64_t limit = words_per_segment<A>(plane.bits), words = plane.bytes / 4;
+            for (int64_t w = 0; w < words; w += limit) f(plane, w, std::min(limit, words - w));
+        }
+    }
+
+    void append(const uint8_t* block, int32_t slot, int64_t position) {
+        const uint8_t byte = block[group_.key.scales + slot];
+        const int64_t m = args_.modalities == 2 ? byte >> 7 : 0;
+        Tile& tile = s_->tiles[m];
+        const int at = tile.count++;
+        tile.block[at] = block;
+        tile.slot[at] = slot;
+        tile.position[at] = int32_t(position);
+        tile.key_scale[at] = kScales.value[byte & 127];
+        tile.value_scale[at] = kScales.value[block[group_.value.scales + slot] & 127];
+        if (tile.count == kTile) process(m);
+    }
+
+    void process(int64_t m) {
+        Tile& tile = s_->tiles[m];
+        // Room for whole vectors: repeated tokens get no weight.
+        const int padded = (tile.count + 15) / 16 * 16;
+        for (int t = tile.count; t < padded; ++t) {
+            tile.block[t] = tile.block[0];
+            tile.slot[t] = tile.slot[0];
+            tile.key_scale[t] = tile.value_scale[t] = 0;
+        }
+        for (int from = 0; from < padded; from += kSub)
+            multiply_keys(m, from, std::min(kSub, padded - from));
+        for (int64_t row = 0; row < piece_.rows; ++row) weigh(m, row, padded);
+        multiply_values(m, padded);
+        tile.count = 0;
+    }
+
+    void multiply_keys(int64_t m, int from, int count) {
+        const Tile& tile = s_->tiles[m];
+        const uint8_t* rows[kSub];
+        int64_t step = 0, segment = 0;
+        for_segments(group_.key, [&](const Plane& plane, int64_t word, int64_t words) {
+            for (int t = 0; t < count; ++t)
+                rows[t] = tile.block[from + t] + plane.offset + tile.slot[from + t] * plane.bytes;
+            for (int t = 0; t < count; t += 8)
+                for (int64_t w = 0; w < words; w += 8)
+                    transpose_words(rows + t, 4 * (word + w), s_->words + w * kSub + t, kSub);
+            const int steps = int(words * 32 / plane.bits / A::kPerStep);
+            KeyWork work{m, step, segment, steps, from};
+            if (A::kNarrow && queries_[m].quads[segment]) {
+                unpack_key_words<A, 2, true>(s_->words, words, s_->codes);
+                work.steps /= 2;
+                key_columns<Quads>(work, count / kLanes);
+            } else {
+                unpack_keys<A>(plane.bits, s_->words, words, s_->codes);
+                key_columns<A>(work, count / kLanes);
+            }
+            step += steps;
+            ++segment;
+        });
+    }
+
+    // One segment of the keys of a modality, unpacked, at the tokens `from` on.
+    struct KeyWork {
+        int64_t m, step, segment;
+        int steps, from;
+    };
+
+    template <class B>
+    AP_INLINE void key_columns(const KeyWork& work, int vectors) {
+        for (int v = 0; v < vectors; v += 2) {
+            for_row_blocks([&](auto size, int64_t row) {
+                if (v + 1 < vectors)
+                    key_block<B, size, 2>(work, row, v);
+                else
+                    key_block<B, size, 1>(work, row, v);
+            });
+        }
+    }
+
+    template <class B, int ROWS, int N>
+    AP_INLINE void key_block(const KeyWork& work, int64_t row, int v) {
+        const Queries& q = queries_[work.m];
+        typename B::Sum acc[ROWS][N];
+        multiply<B, ROWS, N>(q.steps + row * q.stride + work.step, q.stride, s_->codes + v,
+                             kSubVectors, work.steps, acc);
+        for (int r = 0; r < ROWS; ++r) {
+            const float scale = q.scale[(row + r) * q.segments + work.segment];
+            for (int n = 0; n < N; ++n) {
+                float* logit = s_->logits[row + r] + work.from + (v + n) * kLanes;
+                const Float before = work.segment ? load<Float>(logit) : splat(q.bias[row + r]);
+                store(logit, before + B::value(acc[r][n]) * scale);
+            }
+        }
+    }
+
+    // Logits of one row become weights; the running softmax of the row moves on.
+    void weigh(int64_t m, int64_t row, int padded) {
+        const Tile& tile = s_->tiles[m];
+        float* logits = s_->logits[row];
+        const int seen = visible(tile, row);
+        const float mean_logit = queries_[m].mean_logit[row];
+        float& top = piece_.top[m * piece_.rows + row];
+        Float best = splat(-kInfinity);
+        for (int t = 0; t < padded; t += kLanes) {
+            const Float x = load<Float>(logits + t) * load<Float>(tile.key_scale + t) + mean_logit;
+            store(logits + t, x);
+        }
+        for (int t = seen; t < padded; ++t) logits[t] = -kInfinity;
+        for (int t = 0; t < padded; t += kLanes) best = maximum(best, load<Float>(logits + t));
+        const float new_top = std::max(top, largest(best));
+        s_->keep[row] = top == new_top ? 1.0f : std::exp(top - new_top);
+        top = new_top;
+        const float base = new_top == -kInfinity ? 0.0f : new_top;
+        Float mass{}, energy{}, heaviest{};
+        for (int t = 0; t < padded; t += kLanes) {
+            const Float p = exponential(load<Float>(logits + t) - base);
+            mass = mass + p;
+            const Float weight = p * load<Float>(tile.value_scale + t);
+            store(logits + t, weight);
+            energy = energy + weight * weight;
+            heaviest = maximum(heaviest, weight);
+        }
+        float& total = piece_.total[m * piece_.rows + row];
+        total = total * s_->keep[row] + attentionpack::sum(mass);
+        if constexpr (A::kPerStep == 1) {
+            std::memcpy(s_->weights[row], logits, padded * 4);
+            s_->weight_scale[row] = 1;
+            s_->weight_zero[row] = 0;
+        } else {
+            s_->weight_scale[row] = quantize<int16_t>(logits, padded, kLargest16, s_->weights[row],
+                                                      &s_->weight_zero[row]);
+            const float most = largest(heaviest);
+            s_->even[row] = A::kNarrow && most * most * float(tile.count) <=
+                                              kEvenWeights * kEvenWeights * attentionpack::sum(energy);
+            if (s_->even[row])
+                s_->quad_scale[row] = quantize<int8_t>(logits, padded, kLargest8,
+                                                       s_->quad_weights[row], &s_->quad_zero[row]);
+        }
+    }
+
+    // How many tokens of the tile this row sees.
+    int visible(const Tile& tile, int64_t row) const {
+        const int64_t end = piece_.row_stop(args_, row);
+        if (tile.position[tile.count - 1] < end) return tile.count;
+        return int(std::lower_bound(tile.position, tile.position + tile.count, end) - tile.position);
+    }
+
+    void multiply_values(int64_t m, int padded) {
+        const Tile& tile = s_->tiles[m];
+        const uint8_t* rows[kTile];
+        int64_t even_rows = 0;
+        for_row_blocks([&](auto size, int64_t row) {
+            if (all_even(row, size)) even_rows += size;
+        });
+        ValueWork work{m, 0, padded / A::kPerStep, 0, even_rows > 0, even_rows < piece_.rows};
+        for (int p = 0; p < group_.value.num_planes; ++p) {
+            const Plane& plane = group_.value.planes[p];
+            for (int t = 0; t < padded; ++t)
+                rows[t] = tile.block[t] + plane.offset + tile.slot[t] * plane.bytes;
+            const int64_t chunk = plane.bits == 16 ? 2 * kLanes : kLanes;
+            const int per_chunk = plane.bits == 16 ? 1 : int(8 / plane.bits);
+            work.zero = 0.5f * float(zero_doubled(plane.bits));
+            int vectors = 0;
+            for (int64_t byte = 0; byte < plane.bytes; byte += chunk) {
+                const int bytes = int(std::min(chunk, plane.bytes - byte));
+                if (A::kNarrow && plane.bits == 2) {
+                    narrow_chunk(rows, byte, bytes, work);
+                    work.lane += kValueVectors * kLanes;
+                    continue;
+                }
+                unpack_values(plane.bits, rows, byte, bytes, work.steps, s_->codes + vectors);
+                vectors += per_chunk;
+                if (vectors == kValueVectors || byte + chunk >= plane.bytes) {
+                    for_row_blocks([&](auto size, int64_t row) {
+                        value_columns<A, size>(work, row, vectors);
+                    });
+                    work.lane += vectors * kLanes;
+                    vectors = 0;
+                }
+            }
+        }
+    }
+
+    // One chunk of unpacked values of a modality. `even` and `uneven`: whether there are blocks of
+    // rows whose weights go to 8 bits, and others.
+    struct ValueWork {
+        int64_t m, lane;
+        int steps;
+        float zero;
+        bool even, uneven;
+    };
+
+    // Calls f(rows, first row) for blocks of four rows and then for single ones; the number of rows
+    // is a constant expression.
+    template <class F>
+    AP_INLINE void for_row_blocks(F f) {
+        int64_t row = 0;
+        for (; row + 4 <= piece_.rows; row += 4) f(std::integral_constant<int, 4>{}, row);
+        for (; row < piece_.rows; ++row) f(std::integral_constant<int, 1>{}, row);
+    }
+
+    bool all_even(int64_t row, int size) const {
+        if (!A::kNarrow) return false;
+        for (int r = 0; r < size; ++r)
+            if (!s_->even[row + r]) return false;
+        return true;
+    }
+
+    // A chunk of a plane of 2 bits: each block of rows takes the weights that suit it.
+    void narrow_chunk(const uint8_t* const* rows, int64_t byte, int bytes, const ValueWork& work) {
+        if (work.even)
+            unpack_value_chunk<Quads, 2>(rows, byte, bytes, work.steps / 2, s_->quad_codes);
+        if (work.uneven) unpack_value_chunk<A, 2>(rows, byte, bytes, work.steps, s_->codes);
+        for_row_blocks([&](auto size, int64_t row) {
+            if (all_even(row, size))
+                value_columns<Quads, size>(work, row, kValueVectors);
+            else
+                value_columns<A, size>(work, row, kValueVectors);
+        });
+    }
+
+    static void unpack_values(int64_t bits, const uint8_t* const* rows, int64_t byte, int bytes,
+                              int steps, Int* out) {
+        switch (bits) {
+            case 8: return unpack_value_chunk<A, 8>(rows, byte, bytes, steps, out);
+            case 4: return unpack_value_chunk<A, 4>(rows, byte, bytes, steps, out);
+            case 2: return unpack_value_chunk<A, 2>(rows, byte, bytes, steps, out);
+            default: return unpack_value_chunk_16(rows, byte, bytes, steps, out);
+        }
+    }
+
+    template <class B, int ROWS>
+    AP_INLINE void value_columns(const ValueWork& work, int64_t row, int vectors) {
+        for (int v = 0; v < vectors; v += 2) {
+            if (v + 1 < vectors)
+                value_block<B, ROWS, 2>(work, row, v);
+            else
+                value_block<B, ROWS, 1>(work, row, v);
+        }
+    }
+
+    template <class B, int ROWS, int N>
+    AP_INLINE void value_block(const ValueWork& work, int64_t row, int v) {
+        constexpr bool quads = B::kPerStep == 4;
+        const int32_t* weights = quads ? s_->quad_weights[row] : s_->weights[row];
+        const float* scales = quads ? s_->quad_scale : s_->weight_scale;
+        const float* zeros = quads ? s_->quad_zero : s_->weight_zero;
+        typename B::Sum acc[ROWS][N];
+        multiply<B, ROWS, N>(weights, quads ? kTile / 4 : kTile,
+                             (quads ? s_->quad_codes : s_->codes) + v, kValueVectors,
+                             quads ? work.steps / 2 : work.steps, acc);
+        for (int r = 0; r < ROWS; ++r) {
+            const float keep = s_->keep[row + r], scale = scales[row + r];
+            const float shift = work.zero * zeros[row + r];
+            for (int n = 0; n < N; ++n) {
+                float* to = sum(work.m, row + r) + work.lane + (v + n) * kLanes;
+                store(to, load<Float>(to) * keep + (B::value(acc[r][n]) - shift) * scale);
+            }
+        }
+    }
+
+    const Attend& args_;
+    const Piece& piece_;
+    const Group& group_;
+    Scratch* s_;
+    Queries queries_[2];
+    int64_t lanes_;
+};
+
+}  // namespace
+}  // namespace attentionpack

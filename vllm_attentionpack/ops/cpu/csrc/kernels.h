@@ -1,0 +1,57 @@
+// What the instruction sets have in common: the pieces that work is cut into, and the functions that
+// each one offers.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "api.h"
+
+namespace attentionpack {
+
+constexpr int kMaxRows = 64;
+
+// 2 ** ((byte - 64) / 8) for the seven bits of a scale byte; see `codec/quantize.py`.
+struct Scales {
+    float value[128];
+    Scales() {
+        for (int i = 0; i < 128; ++i) value[i] = float(std::exp2((i - 64) / 8.0));
+    }
+};
+extern const Scales kScales;
+
+// Some query rows of one request and head group against a stretch of its context. Rows are numbered
+// (query of the request, query head of the group).
+struct Piece {
+    int64_t request, group;
+    int64_t first_token;           // of the request, in the step
+    int64_t queries;               // of the request
+    int64_t first_row, rows;
+    int64_t start, stop;           // positions
+    int64_t request_stop;
+    // Unnormalised results by modality: [M, rows], [M, rows], [M, rows, lanes].
+    float *top, *total, *sums;
+
+    int64_t row_stop(const Attend& args, int64_t row) const {
+        if (!args.causal) return request_stop;
+        const int64_t query = (first_row + row) / (args.heads_per_group * args.repeats);
+        return request_stop - (queries - 1 - query);
+    }
+};
+
+// One instruction set.
+struct Kernels {
+    const char* name;
+    int lanes;
+    void (*attend)(const Attend&, const Piece&, uint8_t* memory);
+    int64_t (*attend_memory)(const Attend&, int64_t rows, int64_t rank);
+    int64_t (*value_lanes)(const Side&);
+    void (*store)(const Store&, int64_t token, float* memory);
+};
+
+extern const Kernels kScalarKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels, kAvx512Kernels, kAvx512VnniKernels;
+#endif
+
+}  // namespace attentionpack

@@ -1,0 +1,192 @@
+// Vectors of 32-bit lanes. A translation unit defines AP_LANES and one of AP_SCALAR, AP_AVX2,
+// AP_AVX512, AP_AVX512_VNNI; all arithmetic but `dot` is left to the compiler's vector extension.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if !defined(AP_SCALAR)
+#include <immintrin.h>
+#endif
+
+namespace attentionpack {
+namespace {
+
+constexpr int kLanes = AP_LANES;
+
+typedef int32_t Int __attribute__((vector_size(4 * AP_LANES)));
+typedef uint32_t Word __attribute__((vector_size(4 * AP_LANES)));
+typedef float Float __attribute__((vector_size(4 * AP_LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(AP_LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * AP_LANES)));
+
+#define AP_INLINE inline __attribute__((always_inline))
+
+template <class V>
+AP_INLINE V load(const void* from) {
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+template <class V>
+AP_INLINE void store(void* to, V v) {
+    std::memcpy(to, &v, sizeof v);
+}
+
+// The first `count` bytes; the rest is zero.
+template <class V>
+AP_INLINE V load_head(const void* from, int count) {
+    V v{};
+    std::memcpy(&v, from, count);
+    return v;
+}
+
+// Holds a value in its register: left alone, GCC delays the sums of a register block until it runs
+// out of registers.
+template <class V>
+AP_INLINE V pinned(V value) {
+#if defined(AP_AVX2)
+    asm("" : "+x"(value));
+#elif !defined(AP_SCALAR)
+    asm("" : "+v"(value));
+#endif
+    return value;
+}
+
+AP_INLINE Float splat(float x) { return Float{} + x; }
+AP_INLINE Int splat(int32_t x) { return Int{} + x; }
+AP_INLINE Float to_float(Int x) { return __builtin_convertvector(x, Float); }
+AP_INLINE Float to_float(Word x) { return __builtin_convertvector((Int)x, Float); }
+AP_INLINE Float maximum(Float a, Float b) { return a > b ? a : b; }
+AP_INLINE Float minimum(Float a, Float b) { return a < b ? a : b; }
+
+// To the nearest whole number, halves to even; |x| < 2**22. As a float and as an integer: adding
+// 1.5 * 2**23 leaves the integer in the low bits of the mantissa.
+constexpr float kMagic = 12582912.0f;
+constexpr int32_t kMagicBits = 0x4b400000;
+AP_INLINE Float round_even(Float x) { return (x + kMagic) - kMagic; }
+AP_INLINE Int to_int(Float x) { return (Int)(x + kMagic) - kMagicBits; }
+
+AP_INLINE float sum(Float x) {
+    float total = 0;
+    for (int i = 0; i < kLanes; ++i) total += x[i];
+    return total;
+}
+
+AP_INLINE float largest(Float x) {
+    float top = x[0];
+    for (int i = 1; i < kLanes; ++i) top = x[i] > top ? x[i] : top;
+    return top;
+}
+
+// exp(x) for x <= 0, to about two units in the last place; zero below -87.
+AP_INLINE Float exponential(Float x) {
+    const Float clamped = maximum(x, splat(-87.0f));
+    const Float n = round_even(clamped * 1.44269504f);
+    // ln 2 in two parts, so that n * high is exact.
+    Float r = clamped - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    Float p = splat(1.0f / 5040);
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const Int power = (to_int(n) + 127) << 23;
+    const Float y = p * (Float)power;
+    return x < -87.0f ? Float{} : y;
+}
+
+// acc + the products of 16-bit pairs, summed per lane.
+AP_INLINE Int dot(Int acc, Int a, Int b) {
+#if defined(AP_AVX512_VNNI)
+    return (Int)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#elif defined(AP_AVX512)
+    return acc + (Int)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(AP_AVX2)
+    return acc + (Int)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
+// acc + the products of four codes (8 bits, at most 3 each) with four signed 8-bit numbers per lane.
+// The lanes of the sum are two 16-bit halves where the hardware has nothing wider: 43 steps fit.
+constexpr int kQuadSteps = 43;
+AP_INLINE Int dot_quad(Int acc, Int codes, Int numbers) {
+#if defined(AP_AVX512_VNNI)
+    return (Int)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)codes, (__m512i)numbers);
+#elif defined(AP_AVX512)
+    return (Int)_mm512_add_epi16((__m512i)acc,
+                                 _mm512_maddubs_epi16((__m512i)codes, (__m512i)numbers));
+#elif defined(AP_AVX2)
+    return (Int)_mm256_add_epi16((__m256i)acc,
+                                 _mm256_maddubs_epi16((__m256i)codes, (__m256i)numbers));
+#else
+    for (int shift = 0; shift < 32; shift += 8)
+        acc += ((numbers << (24 - shift)) >> 24) * ((codes >> shift) & 0xff);
+    return acc;
+#endif
+}
+
+// The sum per lane that `dot_quad` has gathered.
+AP_INLINE Int quad_sum(Int acc) {
+#if defined(AP_AVX512) || defined(AP_AVX2)
+    return dot(Int{}, acc, splat(0x00010001));
+#else
+    return acc;
+#endif
+}
+
+// The bytes of a row, one per lane.
+AP_INLINE Word load_bytes(const uint8_t* from) {
+#if defined(AP_AVX2)
+    return (Word)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#elif defined(AP_AVX512) || defined(AP_AVX512_VNNI)
+    return (Word)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+#else
+    return __builtin_convertvector(load<Bytes>(from), Word);
+#endif
+}
+
+// The whole vector at `i`, or its first `count - i` lanes and zeros.
+AP_INLINE Float part(const float* from, int64_t i, int64_t count) {
+    if (i + kLanes <= count) return load<Float>(from + i);
+    return load_head<Float>(from + i, int((count - i) * 4));
+}
+
+// Writes 32-bit words of eight tokens with the tokens side by side: out[w * stride + t] is word w of
+// token t, for w < 8. May read 32 bytes from every pointer.
+#if !defined(AP_SCALAR)
+AP_INLINE void transpose_words(const uint8_t* const* tokens, int64_t byte, uint32_t* out,
+                               int64_t stride) {
+    __m256i r[8], s[8];
+    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_si256((const __m256i*)(tokens[i] + byte));
+    for (int i = 0; i < 4; ++i) {
+        s[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        s[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; ++i) {
+        r[4 * i] = _mm256_unpacklo_epi64(s[4 * i], s[4 * i + 2]);
+        r[4 * i + 1] = _mm256_unpackhi_epi64(s[4 * i], s[4 * i + 2]);
+        r[4 * i + 2] = _mm256_unpacklo_epi64(s[4 * i + 1], s[4 * i + 3]);
+        r[4 * i + 3] = _mm256_unpackhi_epi64(s[4 * i + 1], s[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        store(out + i * stride, _mm256_permute2x128_si256(r[i], r[i + 4], 0x20));
+        store(out + (i + 4) * stride, _mm256_permute2x128_si256(r[i], r[i + 4], 0x31));
+    }
+}
+#else
+AP_INLINE void transpose_words(const uint8_t* const* tokens, int64_t byte, uint32_t* out,
+                               int64_t stride) {
+    for (int t = 0; t < 8; ++t)
+        for (int w = 0; w < 8; ++w) std::memcpy(out + w * stride + t, tokens[t] + byte + 4 * w, 4);
+}
+#endif
+
+}  // namespace
+}  // namespace attentionpack

@@ -1,0 +1,258 @@
+"""The compiled kernels as PyTorch ops `attentionpack::cpu_attend` and `attentionpack::cpu_store`.
+
+The library is plain C++ behind a C interface (csrc/api.h) and loaded with ctypes, so that neither
+building nor loading it depends on PyTorch's headers. Its one unresolved symbol is OpenMP's way into
+a parallel region, which it finds in the runtime that PyTorch has loaded: `torch.set_num_threads`,
+thread binding and nesting then hold for both, as they would with `at::parallel_for`.
+"""
+
+import ctypes
+import os
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+#: For tests only: the name of an instruction set (csrc/dispatch.cpp) instead of the fastest.
+ISA_VARIABLE = "ATTENTIONPACK_CPU_ISA"
+
+_MODULE = "vllm_attentionpack.ops.cpu._kernels"
+_INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
+#: int64 numbers of `Side` in csrc/api.h: planes, rank, scales and three planes of four.
+SIDE_FIELDS = 15
+
+
+class _Attend(ctypes.Structure):
+    _fields_ = (
+        *((name, _INT) for name in ("threads", "num_requests", "num_groups", "modalities")),
+        *((name, _INT) for name in ("heads_per_group", "repeats", "tokens")),
+        *((name, _INT) for name in ("block_size", "block_bytes", "table_stride")),
+        *((name, _INT) for name in ("causal", "bits")),
+        *((name, _POINTER) for name in ("groups", "cache", "table", "starts", "stops")),
+        *((name, _POINTER) for name in ("query_start_loc", "queries", "outputs", "lse")),
+    )
+
+
+class _Store(ctypes.Structure):
+    _fields_ = (
+        *((name, _INT) for name in ("threads", "tokens", "rank", "block_size", "block_bytes")),
+        ("modalities", _INT),
+        ("side", _INT * SIDE_FIELDS),
+        *((name, _POINTER) for name in ("latent", "bias", "step", "weight", "slots", "visual")),
+        ("cache", _POINTER),
+    )
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels of one instruction set.
+
+    Attributes:
+        library: the loaded library.
+        handle: what its functions take as their first argument.
+        name: of the instruction set.
+        lanes: 32-bit lanes of its vectors, on which the order of attended latents depends.
+    """
+
+    library: ctypes.CDLL
+    handle: int
+    name: str
+    lanes: int
+
+
+@cache
+def _load() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    spec = find_spec(_MODULE)
+    if spec is None or spec.origin is None:
+        return (
+            "the compiled kernels are not installed. They are built with the package where there "
+            "is a C++ compiler (g++ or clang++): install one and reinstall the package."
+        )
+    try:
+        library = ctypes.CDLL(spec.origin)
+    except OSError as error:
+        return f"the compiled kernels cannot be loaded: {error}."
+    library.ap_kernels.restype = _POINTER
+    library.ap_kernels.argtypes = (ctypes.c_char_p,)
+    library.ap_name.restype = ctypes.c_char_p
+    library.ap_name.argtypes = (_POINTER,)
+    library.ap_lanes.restype = _INT
+    library.ap_lanes.argtypes = (_POINTER,)
+    for run in (library.ap_attend, library.ap_store):
+        run.restype = None
+        run.argtypes = (_POINTER, _POINTER)
+    return library
+
+
+@cache
+def find_kernels(name: str = "") -> Kernels | str:
+    """The kernels of the instruction set `name`, by default the fastest; or why there are none."""
+    library = _load()
+    if isinstance(library, str):
+        return library
+    handle = library.ap_kernels(name.encode())
+    if not handle:
+        return f"this machine does not have the instruction set '{name}'."
+    return Kernels(library, handle, library.ap_name(handle).decode(), library.ap_lanes(handle))
+
+
+def kernels() -> Kernels:
+    """The kernels in use; they must exist (see `find_kernels`)."""
+    found = find_kernels(os.environ.get(ISA_VARIABLE, ""))
+    if isinstance(found, str):
+        raise RuntimeError(f"AttentionPack: {found}")
+    return found
+
+
+_LIBRARY = torch.library.Library("attentionpack", "FRAGMENT")
+_LIBRARY.define(
+    "cpu_attend(Tensor[] queries, Tensor layout, int[] widths, Tensor kv_cache, "
+    "Tensor block_table, Tensor? starts, Tensor stops, Tensor query_start_loc, int block_size, "
+    "int modalities, bool causal, int bits) -> Tensor[]"
+)
+_LIBRARY.define(
+    "cpu_store(Tensor latent, Tensor bias, Tensor step, Tensor weight, Tensor slots, "
+    "Tensor? visual, Tensor layout, Tensor(a!) kv_cache, int block_size) -> ()"
+)
+
+
+def _attend(
+    queries: list[Tensor],
+    layout: Tensor,
+    widths: list[int],
+    kv_cache: Tensor,
+    block_table: Tensor,
+    starts: Tensor | None,
+    stops: Tensor,
+    query_start_loc: Tensor,
+    block_size: int,
+    modalities: int,
+    causal: bool,
+    bits: int,
+) -> list[Tensor]:
+    """See `plan.py` for layouts and orders.
+
+    Args:
+        queries: float32 `[G, T, repeats, M * (Rk + 1)]` per head group.
+        layout: int64 `[groups, 2, SIDE_FIELDS]`.
+        widths: per head group, floats of one row of the result, `M * (lanes + 1)`.
+        kv_cache: uint8 `[num_blocks, block_bytes]`, rows contiguous.
+        block_table: int32 `[B, max_blocks]`.
+        starts: int32 `[B]`, or None for zeros.
+        stops: int32 `[B]`.
+        query_start_loc: int32 `[B + 1]`.
+        bits: of the numbers that codes are multiplied with: 32 for floats, 16, or 8, which goes
+            for codes of 2 bits.
+
+    Returns:
+        float32 `[G, T, repeats, width]` per head group, and last the log-sum-exp `[T, Hq]`.
+    """
+    chosen = kernels()
+    results = _empty_results(queries, widths)
+    table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    heads_per_group, tokens, repeats, _ = queries[0].shape
+    groups = len(queries)
+    pointers = _POINTER * groups
+    stops, query_start_loc = stops.contiguous(), query_start_loc.contiguous()
+    starts = None if starts is None else starts.contiguous()
+    args = _Attend(
+        torch.get_num_threads(),
+        stops.shape[0],
+        groups,
+        modalities,
+        heads_per_group,
+        repeats,
+        tokens,
+        block_size,
+        kv_cache.stride(0),
+        table.stride(0),
+        causal,
+        bits,
+        layout.data_ptr(),
+        kv_cache.data_ptr(),
+        table.data_ptr(),
+        None if starts is None else starts.data_ptr(),
+        stops.data_ptr(),
+        query_start_loc.data_ptr(),
+        ctypes.cast(pointers(*(x.data_ptr() for x in queries)), _POINTER),
+        ctypes.cast(pointers(*(x.data_ptr() for x in results[:-1])), _POINTER),
+        results[-1].data_ptr(),
+    )
+    chosen.library.ap_attend(chosen.handle, ctypes.addressof(args))
+    return results
+
+
+def _empty_results(queries: list[Tensor], widths: list[int]) -> list[Tensor]:
+    heads_per_group, tokens, repeats, _ = queries[0].shape
+    results = [
+        query.new_empty(heads_per_group, tokens, repeats, width)
+        for query, width in zip(queries, widths, strict=True)
+    ]
+    return [*results, queries[0].new_empty(tokens, len(queries) * heads_per_group * repeats)]
+
+
+def _attend_fake(
+    queries: list[Tensor], layout: Tensor, widths: list[int], *_: object
+) -> list[Tensor]:
+    return _empty_results(queries, widths)
+
+
+def _store(
+    latent: Tensor,
+    bias: Tensor,
+    step: Tensor,
+    weight: Tensor,
+    slots: Tensor,
+    visual: Tensor | None,
+    layout: Tensor,
+    kv_cache: Tensor,
+    block_size: int,
+) -> None:
+    """Quantises latents and writes them into their slots.
+
+    Args:
+        latent: float32 `[T, R]`, `x @ encode`.
+        bias: float32 `[M, R]`, `mean @ encode`.
+        step: float32 `[R]`, as in `PlaneCodec`.
+        weight: float32 `[M, R]`, as in `Basis`.
+        slots: int64 `[T]`; negative for no slot.
+        visual: bool `[T]`, or None for all text.
+        layout: int64 `[SIDE_FIELDS]`.
+        kv_cache: uint8 `[num_blocks, block_bytes]`, rows contiguous; mutated.
+    """
+    chosen = kernels()
+    slots = slots.contiguous()
+    visual = None if visual is None else visual.contiguous()
+    args = _Store(
+        torch.get_num_threads(),
+        latent.shape[0],
+        latent.stride(0),
+        block_size,
+        kv_cache.stride(0),
+        bias.shape[0],
+        (_INT * SIDE_FIELDS)(*layout.tolist()),
+        latent.data_ptr(),
+        bias.data_ptr(),
+        step.data_ptr(),
+        weight.data_ptr(),
+        slots.data_ptr(),
+        None if visual is None else visual.data_ptr(),
+        kv_cache.data_ptr(),
+    )
+    chosen.library.ap_store(chosen.handle, ctypes.addressof(args))
+
+
+def _store_fake(*_: object) -> None:
+    return None
+
+
+_LIBRARY.impl("cpu_attend", _attend, "CPU")
+_LIBRARY.impl("cpu_store", _store, "CPU")
+torch.library.register_fake("attentionpack::cpu_attend", _attend_fake, lib=_LIBRARY)
+torch.library.register_fake("attentionpack::cpu_store", _store_fake, lib=_LIBRARY)
+
+attend = torch.ops.attentionpack.cpu_attend.default
+store = torch.ops.attentionpack.cpu_store.default
