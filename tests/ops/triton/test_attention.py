@@ -10,8 +10,8 @@ from vllm_attentionpack.ops import reference
 from vllm_attentionpack.ops import triton as kernels
 from vllm_attentionpack.ops.batch import QueryBatch
 
-CONTEXTS = [0, 1, 15, 16, 17, 170, 0, 130]
-FRESH = [5, 1, 1, 3, 1, 20, 1, 0]
+CONTEXTS = [0, 1, 17, 140, 0]
+FRESH = [5, 1, 1, 3, 0]
 
 #: Operands are float16: eleven bits, of which sums over dims and tokens keep about ten.
 TOLERANCE = 2e-3
@@ -42,20 +42,19 @@ def assert_close(found, wanted):
     assert (out - want).abs().max().item() < TOLERANCE * want.abs().max().item()
 
 
-# (KV heads, heads per group, query heads, head size, modalities, block size)
+# (KV heads, heads per group, query heads, head size, modalities, block size, causal)
 SHAPES = [
-    (2, 1, 4, 64, 1, 16),
-    (2, 2, 4, 80, 2, 32),
-    (4, 2, 4, 96, 1, 128),
-    (1, 1, 8, 128, 2, 64),
-    (2, 1, 2, 256, 1, 48),
+    (2, 1, 4, 64, 1, 16, True),
+    (2, 2, 4, 80, 2, 32, False),
+    (4, 4, 4, 96, 1, 128, True),
+    (1, 1, 8, 128, 2, 64, True),
+    (1, 1, 1, 256, 1, 48, False),
 ]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("causal", [True, False])
-def test_kernels_match_the_reference(shape, causal):
-    heads, group, query_heads, dims, modalities, block_size = shape
+def test_kernels_match_the_reference(shape):
+    heads, group, query_heads, dims, modalities, block_size, causal = shape
     codec = random_codec(heads, group, dims, modalities, padding=3)
     case = paged_batch(codec, query_heads, CONTEXTS, FRESH, block_size)
     stops = case.seq_lens if causal else case.context_lens
