@@ -41,6 +41,10 @@ _POINTERS = {
 }
 
 
+#: Of a launch; everything else goes to the kernel.
+_OPTIONS: tuple[str, ...] = ("num_warps", "num_stages")
+
+
 @dataclass(frozen=True)
 class Case:
     """What is served when the kernels are launched.
@@ -255,7 +259,7 @@ class _Recorder:
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+        options: dict[str, int] = {k: kwargs.pop(k) for k in _OPTIONS if k in kwargs}
         names = [parameter.name for parameter in self.kernel.params]
         arguments = dict(zip(names, args, strict=False)) | kwargs
         assert arguments.keys() == set(names), arguments.keys() ^ set(names)

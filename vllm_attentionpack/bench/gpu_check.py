@@ -73,12 +73,12 @@ class Run:
         times = []
         for _ in range(repeats):
             flush.zero_()
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
             graph.replay()
-            stop.record()
+            after.record()
             torch.cuda.synchronize()
-            times.append(start.elapsed_time(stop) / 1e3)
+            times.append(before.elapsed_time(after) / 1e3)
         return statistics.median(times)
 
 

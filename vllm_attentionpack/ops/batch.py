@@ -94,8 +94,8 @@ class QueryBatch:
             return (Segment(every, tokens, self.max_seq_len),)
         segments = []
         for length, requests in sorted(by_length.items()):
-            start = torch.tensor([self.host_starts[r] for r in requests])
-            tokens = start[:, None] + torch.arange(length)
+            firsts = torch.tensor([self.host_starts[r] for r in requests])
+            tokens = firsts[:, None] + torch.arange(length)
             segments.append(
                 Segment(
                     torch.tensor(requests, device=device),

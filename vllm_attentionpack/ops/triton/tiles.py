@@ -136,8 +136,8 @@ class KindTiles:
                     continue
                 held = torch.arange(min(piece.size, max(0, width - piece.start)))
                 for sub in range(8 // bits):
-                    columns = piece.column + sub // piece.joined * piece.joined * piece.size
-                    columns = columns + held * piece.joined + sub % piece.joined
+                    column = piece.column + sub // piece.joined * piece.joined * piece.size
+                    columns = column + held * piece.joined + sub % piece.joined
                     yield columns, first + sub * width + piece.start + held, unit(bits, sub)
             first += 8 // bits * width
 
