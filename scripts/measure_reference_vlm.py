@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from reference_vlm.measure import measure, table
+from reference_vlm.measure import MAX_MODEL_LEN, length_table, measure, table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,15 +19,22 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "docs" / "results" / "reference_vlm_dense.json"
     )
-    parser.add_argument("--card", type=Path, help="model card whose table is replaced")
+    parser.add_argument("--max-model-len", type=int, default=MAX_MODEL_LEN)
+    parser.add_argument("--limit", type=int, help="only the first items; they are a mix")
+    parser.add_argument("--card", type=Path, help="document whose tables are replaced")
     options = parser.parse_args()
-    result = measure(options.folder, options.items)
+    result = measure(options.folder, options.items, options.max_model_len, options.limit)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     if options.card:
-        shown = f"<!-- measured -->\n{table(result)}\n<!-- end -->"
         card = options.card.read_text()
-        card = re.sub(r"<!-- measured -->.*<!-- end -->", lambda _: shown, card, flags=re.DOTALL)
+        for name, shown in (("measured", table(result)), ("lengths", length_table(result))):
+            card = re.sub(
+                rf"(<!-- {name} -->\n).*?(\n<!-- end -->)",
+                lambda found, shown=shown: found[1] + shown + found[2],
+                card,
+                flags=re.DOTALL,
+            )
         options.card.write_text(card)
     print(json.dumps({"overall": result["overall"], "by_kind": result["by_kind"]}))
     return 0

@@ -67,6 +67,9 @@ phase "ruff format" "$bin/ruff" format --check "${sources[@]}"
 phase "mypy" "$bin/mypy"
 phase "quick tests" \
     "$bin/python" -m pytest -m "not engine and not slow and not gpu" "${pytest_args[@]}"
+# The variable counts when Triton is imported: these tests need a process of their own.
+phase "GPU kernels in the interpreter" env TRITON_INTERPRET=1 "$bin/python" -m pytest -n 2 \
+    tests/ops/triton
 if ! $fast; then
     # Two at a time: each engine keeps one core busy. Files stay whole, since they share engines.
     phase "engine and slow tests" "$bin/python" -m pytest -n 2 --dist loadfile \

@@ -10,6 +10,8 @@ One CPU core:  nice -n 5 python scripts/train_reference_vlm.py --out model
 Continue:      python scripts/train_reference_vlm.py --init model.state.pt --boot 0 --flat 0 \\
                  --sizes 56 56 84 112 --tokens 1000 600 300 --decay 0.5 --minutes 60 \\
                  --steps 1000000 --out model2
+Wider start:   --widen CHECKPOINT keeps what a trained narrow model computes and adds fresh heads;
+               --context 4096 adds samples of thousands of tokens (commands in docs/subjects.md)
 GPU, larger:   python scripts/train_reference_vlm.py --device cuda --hidden 512 --layers 8 \\
                  --heads 8 --inter 1408 --vis-dim 192 --batch 16 --steps 20000 --lr 6e-4 --out big
 """

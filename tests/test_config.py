@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from vllm_attentionpack.config import PACK_VARIABLE, SECTION, ServeConfig, serve_config
 from vllm_attentionpack.errors import ConfigError
 
-KEYS = "Allowed keys: pack, exact_prefill, ops."
+KEYS = "Allowed keys: pack, exact_prefill, sinks, window, ops, prefill."
 
 
 def refusal(additional_config: object, environment: dict[str, str] | None = None) -> str:

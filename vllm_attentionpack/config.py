@@ -33,6 +33,9 @@ class ServeConfig(BaseModel):
             pack's advice. With `sinks` and `window` 0 no memory goes to exact tokens.
         ops: the implementation of attention on compacted pages; `auto` takes the fastest that can
             run (`ops.select.IMPLEMENTATIONS`).
+        prefill: on a GPU, the library for exact attention among the new tokens of a step:
+            `flash_attn` (vLLM's), `xformers` or `sdpa` (PyTorch's); `auto` takes the first that can
+            run.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,6 +45,7 @@ class ServeConfig(BaseModel):
     sinks: int | None = Field(default=None, ge=0)
     window: int | None = Field(default=None, ge=0)
     ops: str = "auto"
+    prefill: str = "auto"
 
     def exact_tokens(self, header: "PackHeader") -> tuple[int, int]:
         """`sinks` and `window` in force with a pack that has `header`."""

@@ -5,28 +5,39 @@ import hashlib
 import os
 import random
 import sysconfig
+from collections.abc import Iterator
 
 LIMIT_BYTES = 24 << 20
 MAX_FILE_BYTES = 200_000
 MIN_FILE_BYTES = 600
-HELD_OUT = 8 / 256  # share of files that training never reads
+HELD_OUT = 8  # of 256 buckets of files: training never reads them
+EXCERPT_CHARACTERS = 30_000  # of a held-out file, so that items come from many files
 
 
 def load_corpus() -> str:
     """The training text.  It depends on what the machine has installed."""
-    texts, total = [], 0
+    return "\n".join(text for bucket, text in _texts() if bucket >= HELD_OUT)
+
+
+def held_out_text(part: int, parts: int) -> str:
+    """Excerpts of held-out files; different `part`s of 0..parts-1 share no file."""
+    found = (text for bucket, text in _texts() if bucket < HELD_OUT and bucket % parts == part)
+    return "\n".join(text[:EXCERPT_CHARACTERS] for text in found)
+
+
+def _texts() -> Iterator[tuple[int, str]]:
+    """(bucket, text) of every file within the size limit; the bucket depends on the path only."""
+    total = 0
     for path in _files():
         with open(path, "rb") as file:
             raw = file.read(MAX_FILE_BYTES)
         if b"\0" in raw or len(raw) < MIN_FILE_BYTES:
             continue
         text = raw.decode("utf-8", "ignore")
-        if hashlib.md5(path.encode()).digest()[0] >= HELD_OUT * 256:
-            texts.append(text)
+        yield hashlib.md5(path.encode()).digest()[0], text
         total += len(text)
         if total > LIMIT_BYTES:
             break
-    return "\n".join(texts)
 
 
 def _files() -> list[str]:

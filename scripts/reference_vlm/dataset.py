@@ -1,8 +1,9 @@
-"""Calibration and held-out items for the reference model: chats over pooled images, pairs, text.
+"""Calibration and held-out items: chats over pooled images, pairs, pairs within text, plain text.
 
 One JSON object per line::
 
-    {"messages": [...], "answer": "7", "kind": "digit|color|shape|list|recall", "modality": ...}
+    {"messages": [...], "answer": "7", "kind": "digit|color|shape|list|recall|passage",
+     "modality": "visual|text"}
     {"text": "...", "kind": "text", "modality": "text"}
 
 Image URLs are relative to the JSON-lines file.  No "which" questions: the model is at chance there.
@@ -11,7 +12,7 @@ Image URLs are relative to the JSON-lines file.  No "which" questions: the model
 import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase
@@ -20,12 +21,28 @@ import torch
 
 from . import images, wording
 
-SIZES = (56, 84, 112)
-POOL_SHARES = {56: 40, 84: 34, 112: 26}  # fewer of the large ones: noise compresses badly
 SINGLE_KINDS = ("digit", "color", "shape")
-IMAGE_COUNTS = (2, 4, 6, 8)
-LIST_COUNTS = (2, 3, 4, 6)
-PAIR_COUNTS = (4, 6, 8, 12)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How long items are; both files of a model share it."""
+
+    pool: Mapping[int, int]  # image size in px -> number of images
+    image_counts: tuple[int, ...]
+    list_counts: tuple[int, ...]
+    pair_counts: tuple[int, ...]
+    context: int = 0  # most tokens of an item; images that do not fit are left out (0: no limit)
+    passages: tuple[int, ...] = ()  # characters of real text around the pairs of a "passage" item
+    texts: tuple[int, ...] = ()  # characters of the plain texts; none: the source is cut evenly
+
+
+SHORT = Shape(
+    pool={56: 40, 84: 34, 112: 26},  # fewer of the large ones: noise compresses badly
+    image_counts=(2, 4, 6, 8),
+    list_counts=(2, 3, 4, 6),
+    pair_counts=(4, 6, 8, 12),
+)
 
 
 @dataclass(frozen=True)
@@ -41,11 +58,28 @@ class Split:
     recall_turns: int
     text: int
     text_source: str
+    shape: Shape = SHORT
+    passage: int = 0  # recall of one pair from within real text
+    passage_turns: int = 0
 
 
 SPLITS = (
     Split("calibrate", 10_007, 36, 36, 24, 32, 16, 16, "cc0-1.0.txt"),
     Split("heldout", 20_011, 72, 48, 40, 52, 26, 26, "apache-2.0.txt"),
+)
+
+LONG = Shape(
+    pool={56: 24, 112: 24, 224: 24, 336: 20, 392: 16},
+    image_counts=(2, 4, 8, 12, 16),
+    list_counts=(2, 3, 4, 6),
+    pair_counts=(2, 4, 8, 12),
+    context=3584,
+    passages=(600, 1200, 2400, 3600),
+    texts=(800, 1600, 3200),
+)
+LONG_SPLITS = (
+    Split("calibrate", 30_013, 75, 20, 20, 16, 8, 18, "calibrate.txt", LONG, 32, 16),
+    Split("heldout", 40_009, 150, 40, 40, 32, 16, 24, "heldout.txt", LONG, 48, 24),
 )
 
 
@@ -65,7 +99,7 @@ def make_pool(split: Split) -> Pool:
     rng = random.Random(split.seed)
     pool: Pool = {}
     number = itertools.count()
-    for size, share in POOL_SHARES.items():
+    for size, share in split.shape.pool.items():
         pool[size] = [
             PoolImage(
                 f"images/{split.name}/{next(number):03d}.png",
@@ -90,15 +124,23 @@ def render_pool(split: Split, pool: Pool) -> Iterator[tuple[str, torch.Tensor]]:
 def make_items(split: Split, text: str) -> list[dict]:
     """All items of the split in their final, shuffled order; `text` is cut into the text items."""
     rng = random.Random(split.seed + 1)
-    pool = make_pool(split)
+    pool, shape = make_pool(split), split.shape
+    pairs = shape.pair_counts
     items = [
-        *_attribute_items(rng, pool, split.attribute),
-        *_list_items(rng, pool, split.listing),
-        *(_visual_dialogue(rng, pool) for _ in range(split.visual_turns)),
-        *(_recall_item(rng, n, 0) for n in _cycle(PAIR_COUNTS, split.recall)),
-        *(_recall_item(rng, n, rng.randint(2, 4)) for n in _cycle(PAIR_COUNTS, split.recall_turns)),
-        *({"text": t, "kind": "text", "modality": "text"} for t in cut_text(text, split.text)),
+        *_attribute_items(rng, pool, shape, split.attribute),
+        *_list_items(rng, pool, shape, split.listing),
+        *(_visual_dialogue(rng, pool, shape) for _ in range(split.visual_turns)),
+        *(_recall_item(rng, n, 0) for n in _cycle(pairs, split.recall)),
+        *(_recall_item(rng, n, rng.randint(2, 4)) for n in _cycle(pairs, split.recall_turns)),
     ]
+    if shape.texts:
+        windows = _Windows(text)
+        items += _passage_items(rng, windows, shape, split.passage, (0, 0))
+        items += _passage_items(rng, windows, shape, split.passage_turns, (2, 4))
+        texts = [windows.next(size) for size in _cycle(shape.texts, split.text)]
+    else:
+        texts = cut_text(text, split.text)
+    items += [{"text": t, "kind": "text", "modality": "text"} for t in texts]
     rng.shuffle(items)  # any prefix of the file is a usable mix
     return items
 
@@ -127,26 +169,56 @@ def cut_text(text: str, n: int) -> list[str]:
     return pieces
 
 
+class _Windows:
+    """Consecutive pieces of one text: no two items share a piece."""
+
+    def __init__(self, text: str):
+        self._text, self._start = wording.plain(text), 0
+
+    def next(self, size: int) -> str:
+        """About `size` characters that end with a line, or the next `size` if none does."""
+        window = self._text[self._start : self._start + size]
+        if len(window) < size:
+            raise ValueError(f"the text source ends after {len(self._text)} characters; get more")
+        window = window[: window.rfind("\n") + 1] or window
+        self._start += len(window)
+        return window
+
+
 def _cycle(values: tuple, n: int) -> list:
     return list(itertools.islice(itertools.cycle(values), n))
 
 
-def _attribute_items(rng: random.Random, pool: Pool, n: int) -> Iterator[dict]:
-    for kind, count, size in _cycle(tuple(itertools.product(SINGLE_KINDS, IMAGE_COUNTS, SIZES)), n):
+def _attribute_items(rng: random.Random, pool: Pool, shape: Shape, n: int) -> Iterator[dict]:
+    cells = itertools.product(SINGLE_KINDS, _fitting(shape, shape.image_counts))
+    for kind, (count, size) in _cycle(tuple(cells), n):
         chosen = rng.sample(pool[size], count)
         yield _visual_item(chosen, [_ask(rng, chosen, kind)], kind)
 
 
-def _list_items(rng: random.Random, pool: Pool, n: int) -> Iterator[dict]:
-    for count, size in _cycle(tuple(itertools.product(LIST_COUNTS, SIZES)), n):
+def _list_items(rng: random.Random, pool: Pool, shape: Shape, n: int) -> Iterator[dict]:
+    for count, size in _cycle(_fitting(shape, shape.list_counts), n):
         chosen = rng.sample(pool[size], count)
         yield _visual_item(chosen, [_ask(rng, chosen, "list")], "list")
 
 
-def _visual_dialogue(rng: random.Random, pool: Pool) -> dict:
+def _fitting(shape: Shape, counts: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """The (number of images, size in px) that the context holds."""
+    cells = itertools.product(counts, shape.pool)
+    return tuple(
+        (count, size)
+        for count, size in cells
+        if not shape.context or images.prompt_tokens(count, size) <= shape.context
+    )
+
+
+def _visual_dialogue(rng: random.Random, pool: Pool, shape: Shape) -> dict:
     """2-4 answered turns, then the item's own question, which no earlier turn has asked."""
-    chosen = rng.sample(pool[rng.choice(SIZES)], rng.choice(IMAGE_COUNTS))
-    kinds = SINGLE_KINDS if len(chosen) > max(LIST_COUNTS) else (*SINGLE_KINDS, "list")
+    count, size = 0, 0
+    while (count, size) not in _fitting(shape, shape.image_counts):
+        size, count = rng.choice(tuple(shape.pool)), rng.choice(shape.image_counts)
+    chosen = rng.sample(pool[size], count)
+    kinds = SINGLE_KINDS if len(chosen) > max(shape.list_counts) else (*SINGLE_KINDS, "list")
     kind = rng.choice(kinds)
     last = _ask(rng, chosen, kind)
     earlier: list[tuple[str, str]] = []
@@ -156,6 +228,16 @@ def _visual_dialogue(rng: random.Random, pool: Pool) -> dict:
         if asked != last:
             earlier.append(asked)
     return _visual_item(chosen, [*earlier, last], kind)
+
+
+def _passage_items(
+    rng: random.Random, windows: _Windows, shape: Shape, n: int, earlier: tuple[int, int]
+) -> Iterator[dict]:
+    """Pairs within real text; `earlier` bounds the number of answered turns."""
+    for size, count in _cycle(tuple(itertools.product(shape.passages, shape.pair_counts)), n):
+        pairs, turns = _recall_turns(rng, count, rng.randint(*earlier))
+        passage = wording.passage(windows.next(size), pairs, rng)
+        yield _chat(f"{passage}\n{turns[0][0]}", turns, "passage", "text")
 
 
 def _ask(rng: random.Random, chosen: list[PoolImage], kind: str) -> tuple[str, str]:
@@ -175,13 +257,22 @@ def _visual_item(chosen: list[PoolImage], turns: list[tuple[str, str]], kind: st
 
 
 def _recall_item(rng: random.Random, n: int, earlier: int) -> dict:
-    """`n` keys with two-digit values; the `earlier` turns leave out the last question's key."""
+    pairs, turns = _recall_turns(rng, n, earlier)
+    return _chat(f"{wording.pair_list(pairs)}\n{turns[0][0]}", turns, "recall", "text")
+
+
+def _recall_turns(
+    rng: random.Random, n: int, earlier: int
+) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """`n` keys with two-digit values, and questions with answers.
+
+    The `earlier` turns leave out the last question's key.
+    """
     last, *others = rng.sample([a + b for a in ascii_lowercase for b in ascii_lowercase], n)
     listed = rng.sample([last, *others], n)
     pairs = {key: f"{rng.randrange(100):02d}" for key in listed}
     asked = [*rng.choices(others, k=earlier), last]
-    turns = [(wording.recall_question([key]), pairs[key]) for key in asked]
-    return _chat(f"{wording.pair_list(pairs)}\n{turns[0][0]}", turns, "recall", "text")
+    return pairs, [(wording.recall_question([key]), pairs[key]) for key in asked]
 
 
 def _chat(first_content, turns: list[tuple[str, str]], kind: str, modality: str) -> dict:

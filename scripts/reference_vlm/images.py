@@ -1,5 +1,7 @@
 """Synthetic images: one coloured shape with a digit on a dark noisy background."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,21 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 
 PATCH = 14
 TOKEN_PX = 28  # one visual token covers 2 x 2 patches
+
+
+LABEL_TOKENS = 8  # "Image 12:", the two image markers, the line end
+SIDES_PX = (56, 448)  # the sprite needs the first, the image processor keeps the second as it is
+
+
+def prompt_tokens(n: int, size: int) -> int:
+    """About how many tokens `n` labelled images of `size` px take."""
+    return n * ((size // TOKEN_PX) ** 2 + LABEL_TOKENS)
+
+
+def largest_size(tokens: float) -> int:
+    """Side in px of the largest image that takes at most `tokens` visual tokens, within bounds."""
+    side = TOKEN_PX * math.isqrt(max(0, int(tokens)))
+    return min(max(side, SIDES_PX[0]), SIDES_PX[1])
 
 
 class _Draw:

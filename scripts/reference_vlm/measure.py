@@ -10,26 +10,29 @@ from vllm_attentionpack.report.machine import describe_machine
 
 MAX_MODEL_LEN = 2048
 MAX_IMAGES = 16
+LENGTHS = (256, 512, 1024, 2048, 4096)  # upper bounds of the prompt lengths in "by_length", tokens
 
 
 def read_items(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def measure(folder: Path, name: str) -> dict:
-    """Score `folder`/`name`.jsonl with greedy bf16 decoding; exact match of the whole answer."""
+def measure(
+    folder: Path, name: str, max_model_len: int = MAX_MODEL_LEN, limit: int | None = None
+) -> dict:
+    """Exact match of the whole answer, greedy bf16, on the first items of `folder`/`name`.jsonl."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ["VLLM_PLUGINS"] = ""  # none: an installed plugin could change the cache
     from vllm import LLM, SamplingParams
 
-    items = read_items(folder / f"{name}.jsonl")
+    items = read_items(folder / f"{name}.jsonl")[:limit]
     chats = [item for item in items if item["kind"] != "text"]
     texts = [item["text"] for item in items if item["kind"] == "text"]
     llm = LLM(
         str(folder / "model"),
         dtype="bfloat16",
-        max_model_len=MAX_MODEL_LEN,
+        max_model_len=max_model_len,
         enforce_eager=True,
         limit_mm_per_prompt={"image": MAX_IMAGES, "video": 0},
     )
@@ -39,23 +42,36 @@ def measure(folder: Path, name: str) -> dict:
     )
     scored = llm.generate(texts, SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0))
     right = [a.outputs[0].text == item["answer"] for item, a in zip(chats, answers, strict=True)]
+    lengths = [len(a.prompt_token_ids) for a in answers]
     return {
         "file": f"{name}.jsonl",
         "settings": {
             "dtype": "bfloat16",
             "decoding": "greedy",
             "score": "exact match of the whole answer",
-            "max_model_len": MAX_MODEL_LEN,
+            "max_model_len": max_model_len,
         },
         "machine": describe_machine(),
         "items": len(items),
-        "prompt_tokens": _spread([len(a.prompt_token_ids) for a in answers]),
+        "prompt_tokens": _spread(lengths),
         "overall": _rates({"all": list(range(len(chats)))}, right)["all"],
         "by_modality": _rates(_group(chats, lambda i: i["modality"]), right),
         "by_kind": _rates(_group(chats, lambda i: i["kind"]), right),
         "by_cell": _rates(_group(chats, _cell), right),
+        "by_length": _rates(_by_length(chats, lengths), right),
         "text": _text_loss(texts, scored),
     }
+
+
+def _by_length(items: list[dict], lengths: list[int]) -> dict[str, list[int]]:
+    """Items by kind and by the first of LENGTHS that holds their prompt."""
+    groups = defaultdict(list)
+    for i, (item, length) in enumerate(zip(items, lengths, strict=True)):
+        bound = next((bound for bound in LENGTHS if length <= bound), None)
+        if bound is None:
+            raise ValueError(f"a prompt of {length} tokens is longer than the last of {LENGTHS}")
+        groups[item["kind"], bound].append(i)
+    return {f"{kind}, up to {bound} tokens": groups[kind, bound] for kind, bound in sorted(groups)}
 
 
 def table(result: dict) -> str:
@@ -68,6 +84,21 @@ def table(result: dict) -> str:
     lines.append(f"| text | {text['items']} | | {text['bits_per_byte']:.2f} bits per byte |")
     machine = result["machine"]
     lines += ["", f"Measured with vLLM {machine['vllm']}, torch {machine['torch']}, bf16, greedy."]
+    return "\n".join(lines)
+
+
+def length_table(result: dict) -> str:
+    """Right answers of all items by kind and prompt length as a Markdown table."""
+    found = {tuple(name.split(", up to ")): cell for name, cell in result["by_length"].items()}
+    kinds = sorted({kind for kind, _ in found})
+    lines = [
+        "| kind | " + " | ".join(f"up to {bound} tokens" for bound in LENGTHS) + " |",
+        "|---|" + "---|" * len(LENGTHS),
+    ]
+    for kind in kinds:
+        cells = [found.get((kind, f"{bound} tokens")) for bound in LENGTHS]
+        shown = [f"{cell['right']} of {cell['items']}" if cell else "" for cell in cells]
+        lines.append(f"| {kind} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
@@ -91,6 +122,8 @@ def _cell(item: dict) -> str:
     first, *rest = item["messages"]
     if item["kind"] == "recall":
         size = f"{first['content'].count(':')} pairs"
+    elif item["kind"] == "passage":
+        size = f"{math.ceil(len(first['content']) / 1000)}000 characters"
     else:
         size = f"{sum(part['type'] == 'image_url' for part in first['content'])} images"
     return f"{item['kind']}, {size}, {'dialogue' if rest else 'one turn'}"

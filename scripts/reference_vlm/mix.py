@@ -1,8 +1,10 @@
 """Which micro-batches an optimizer step trains on, and how results move the curriculum."""
 
+import math
 from dataclasses import dataclass
 from random import Random
 
+from . import images
 from .batch import Batch
 from .curriculum import Level
 from .options import Options
@@ -14,6 +16,12 @@ JITTERS = (0, 1, 2, 3, 4)
 FLAT_IMAGES = IMAGE_COUNTS.index(12)  # what the flat phase unlocks
 FLAT_PAIRS = PAIR_COUNTS.index(32)
 CAPTIONED_IMAGES = 8
+SHORTEST_LONG = 256  # tokens
+GROWN = 0.6  # progress from which samples are as long as the context
+LONG_IMAGE_COUNTS = (2, 3, 4, 6, 8, 12, 16)
+PASSAGE_PAIR_COUNTS = (1, 2, 4, 8, 12)
+LONG_CHAT_TOKENS = 100  # the questions and answers
+CHARACTERS_PER_TOKEN = 1.1  # of the corpus: words of the tasks are one token
 IMAGE_WEIGHT, RECALL_WEIGHT, TEXT_WEIGHT = 1.0, 1.0, 0.4
 
 
@@ -49,12 +57,18 @@ class TaskMix:
             self.images.unlock(FLAT_IMAGES)
             self.pairs.unlock(FLAT_PAIRS)
             self.sizes.unlock(len(self.options.sizes) - 1)
+            self.jitter.unlock(len(JITTERS) - 1)
         self.booted = self.booted or self.induction_accuracy >= self.options.boot
         if not self.booted:
             n = self.rng.choice([4, 6, 8, 12])
             rows = self._rows(2 * self.options.tokens[0], 10 * n)
             return [MicroBatch("induction", self.sampler.induction(rows, n), 1.0)]
-        return [self._draw_images(), self._draw_recall(), self._draw_text(progress)]
+        short = (self._draw_images, self._draw_recall, lambda: self._draw_text(progress))
+        long = (self._draw_long_images, self._draw_passage, self._draw_long_text)
+        return [
+            draw_long(self._long_length(progress)) if self._wants_long(progress) else draw()
+            for draw, draw_long in zip(short, long, strict=True)
+        ]
 
     def learn(self, micro: MicroBatch, accuracy: float, digit_accuracy: float) -> bool:
         """Feed back the answer-token accuracy; True when a level opened."""
@@ -80,6 +94,41 @@ class TaskMix:
 
     def _rows(self, tokens: int, tokens_per_row: float) -> int:
         return max(1, round(tokens * self.options.batch / tokens_per_row))
+
+    def _wants_long(self, progress: float) -> bool:
+        options = self.options
+        return (
+            options.context > 0
+            and progress >= options.flat
+            and self.rng.random() < options.long_share
+        )
+
+    def _long_length(self, progress: float) -> int:
+        """Tokens of a long sample, log-uniform: short ones are cheap and keep what was learned.
+
+        The longest grows from SHORTEST_LONG to the whole context at progress GROWN.
+        """
+        growth = math.log(self.options.context / SHORTEST_LONG) * min(1.0, progress / GROWN)
+        return round(SHORTEST_LONG * math.exp(self.rng.uniform(0, growth)))
+
+    def _draw_long_images(self, length: int) -> MicroBatch:
+        """Few to many images, as large as the length allows."""
+        n = self.rng.choice(LONG_IMAGE_COUNTS)
+        size = images.largest_size((length - LONG_CHAT_TOKENS) / n - images.LABEL_TOKENS)
+        rows = self._rows(self.options.tokens[0], length)
+        batch = self.sampler.image_chat(rows, n, size)
+        return MicroBatch("long images", batch, IMAGE_WEIGHT)
+
+    def _draw_passage(self, length: int) -> MicroBatch:
+        n = self.rng.choice(PASSAGE_PAIR_COUNTS)
+        rows = self._rows(self.options.tokens[1], length)
+        batch = self.sampler.passage_recall(rows, n, round(CHARACTERS_PER_TOKEN * length))
+        return MicroBatch("passage recall", batch, RECALL_WEIGHT)
+
+    def _draw_long_text(self, length: int) -> MicroBatch:
+        size = round(CHARACTERS_PER_TOKEN * length)
+        rows = self._rows(self.options.tokens[2], length)
+        return MicroBatch("long text", self.sampler.text(rows, size), TEXT_WEIGHT)
 
     def _draw_images(self) -> MicroBatch:
         level = self.images.pick()

@@ -8,14 +8,11 @@ import torch
 from torch import nn
 
 from . import wording
-from .options import Options
+from .options import MAX_POSITIONS, Options
 from .tokenizer import VOCAB_SIZE
+from .widen import widen
 
-ROPE_THETA = 10000.0
-MAX_POSITIONS = 8192
 VISION_HEAD_DIM = 32
-# Score that a positional head gives the position it looks at; see `positional_init`.
-POSITIONAL_SCORE = 24.0
 
 
 def build_model(options: Options, tokenizer) -> nn.Module:
@@ -25,7 +22,9 @@ def build_model(options: Options, tokenizer) -> nn.Module:
     torch.manual_seed(options.seed)
     model = Qwen2VLForConditionalGeneration(_config(options, tokenizer)).float()
     _init_weights(model, options)
-    positional_init(model)
+    positional_init(model, options.positional_score)
+    if options.widen:
+        widen(model, options.widen, options.seed)
     return model
 
 
@@ -48,7 +47,7 @@ def _config(options: Options, tokenizer):
                 "rope_type": "default",
                 "type": "mrope",
                 "mrope_section": [temporal, height, half - temporal - height],
-                "rope_theta": ROPE_THETA,
+                "rope_theta": options.theta,
             },
             "tie_word_embeddings": False,
             "bos_token_id": token(wording.END_OF_TEXT),
@@ -89,19 +88,20 @@ def _init_weights(model: nn.Module, options: Options) -> None:
         nn.init.normal_(weight, std=std)
 
 
-def positional_init(model: nn.Module) -> None:
+def positional_init(model: nn.Module, score: float) -> None:
     """Start layer-0 heads 0, 1, 2 as heads that attend 1, 2, 3 positions back.
 
     With q/k biases on the temporal M-RoPE frequencies theta_i, the score at distance delta is
-    proportional to sum_i cos(theta_i (delta - back)).  Retrieval heads build on such heads; without
-    this start they did not form within a few million tokens.  Every weight stays trainable.
+    proportional to sum_i cos(theta_i (delta - back)), and `score` at its largest.  Retrieval heads
+    build on such heads; without this start they did not form within a few million tokens.  Every
+    weight stays trainable.
     """
     attention = model.model.language_model.layers[0].self_attn
     dim, group = attention.head_dim, attention.num_key_value_groups
     n = model.config.text_config.rope_parameters["mrope_section"][0]
     frequency = model.model.language_model.rotary_emb.inv_freq[:n].float()
     frequency = frequency.to(attention.q_proj.bias.device)
-    amplitude = math.sqrt(POSITIONAL_SCORE * 8 / n * dim / 64)
+    amplitude = math.sqrt(score * 8 / n * dim / 64)
     heads = min(3, model.config.text_config.num_attention_heads)
     with torch.no_grad():
         for head in range(heads):

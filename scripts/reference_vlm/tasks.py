@@ -15,6 +15,7 @@ from .wording import Segment
 
 Attributes = list[list[int]]  # digits, colors, shapes of a sample's images
 INDUCTION_REPEATS = 5
+PASSAGE_TURNS = 8  # answers per passage: long texts must not carry one supervised token each
 
 
 class Sampler:
@@ -153,17 +154,30 @@ class Sampler:
             segments += wording.turn(wording.recall_question(asked), answer, first=t == 0)
         return segments
 
+    def passage_recall(self, B: int, n: int, size: int) -> Batch:
+        """Chats about `n` pairs that lie between the lines of `size` characters of real text."""
+        samples = [self._passage_sample(n, size) for _ in range(B)]
+        return self.batcher.collate(self.batcher.encode(samples))
+
+    def _passage_sample(self, n: int, size: int) -> list[Segment]:
+        pairs = self._pairs(n, confusable=False)
+        passage = wording.passage(self._window(size), pairs, self.rng)
+        segments = [(f"{wording.user_open()}{passage}\n", False)]
+        for t, key in enumerate(self.rng.sample(list(pairs), min(n, PASSAGE_TURNS))):
+            segments += wording.turn(wording.recall_question([key]), pairs[key], first=t == 0)
+        return segments
+
     # Text
+
+    def _window(self, size: int) -> str:
+        start = self.rng.randrange(len(self.corpus) - size)
+        return wording.plain(self.corpus[start : start + size])
 
     def text(self, B: int, size: int) -> Batch:
         """`B` random windows of `size` characters, loss on every position."""
-        rows = []
-        for _ in range(B):
-            start = self.rng.randrange(len(self.corpus) - size)
-            window = self.corpus[start : start + size]
-            # Documentation of chat formats must not turn into special tokens.
-            rows.append(self.batcher.encode_text(window.replace("<|", "< |")))
-        return self.batcher.collate(rows)
+        return self.batcher.collate(
+            [self.batcher.encode_text(self._window(size)) for _ in range(B)]
+        )
 
 
 def _caption(digit: int, color: int, shape: int) -> str:

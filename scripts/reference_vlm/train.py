@@ -23,7 +23,6 @@ from .tokenizer import build_tokenizer
 WEIGHT_DECAY = 0.05
 BETAS = (0.9, 0.95)
 CLIP_NORM = 1.0
-WARMUP_STEPS = 150
 FINAL_RATE = 0.02  # of the peak, after the cosine decay
 
 
@@ -49,7 +48,7 @@ class Trainer:
         options, start = self.options, time.time()
         saved = logged = start
         while (progress := self._progress(time.time() - start)) < 1:
-            rate = options.lr * _rate_factor(self.step - self.first_step, progress, options.decay)
+            rate = options.lr * _rate_factor(self.step - self.first_step, progress, options)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             for micro in self.mix.draw(progress):
@@ -62,6 +61,8 @@ class Trainer:
             if self.step % options.log == 0:
                 self._log(now - start, now - logged, float(norm), rate)
                 logged = now
+            if self.step == options.until:
+                break
             if now - saved > options.save_min * 60:
                 self.save()
                 saved = now
@@ -160,10 +161,10 @@ def _optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=1e-8, fused=True)
 
 
-def _rate_factor(step: int, progress: float, decay: float) -> float:
+def _rate_factor(step: int, progress: float, options: Options) -> float:
     """Linear warm-up, then constant, then cosine decay over the last `decay` of the run."""
-    factor = min(1.0, (step + 1) / WARMUP_STEPS)
-    if progress > 1 - decay:
-        phase = (progress - 1 + decay) / decay
+    factor = min(1.0, (step + 1) / options.warmup)
+    if progress > 1 - options.decay:
+        phase = (progress - 1 + options.decay) / options.decay
         factor *= FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * phase))
     return factor

@@ -5,7 +5,7 @@ import re
 from . import wording
 
 _QUESTION = (
-    r"What digit is in image \d\?|What color is image \d\?|What shape is in image \d\?"
+    r"What digit is in image \d+\?|What color is image \d+\?|What shape is in image \d+\?"
     r"|List the (?:digits|colors|shapes)\.|[a-z]{2}\?"
 )
 _ANSWER = re.compile(r"(?:[a-z]+|\d{1,2})(?: (?:[a-z]+|\d))*")
@@ -16,7 +16,7 @@ def training_prompt(item: dict) -> str:
     first, *rest = item["messages"]
     content = first["content"]
     if isinstance(content, str):
-        context, question = content.split("\n")
+        context, question = content.rsplit("\n", 1)
     else:
         context = wording.image_list(sum(part["type"] == "image_url" for part in content))
         question = content[-1]["text"].removeprefix("\n")

@@ -4,6 +4,7 @@ A training sample is a list of segments ``(text, supervised)``: the loss covers 
 """
 
 from collections.abc import Mapping, Sequence
+from random import Random
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 VISION_START, VISION_END, IMAGE_PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
@@ -29,6 +30,22 @@ def image_list(n: int, labelled: bool = True) -> str:
 def pair_list(pairs: Mapping[str, str]) -> str:
     """``ax: 41; bq: 07``"""
     return "; ".join(f"{key}: {value}" for key, value in pairs.items())
+
+
+def passage(text: str, pairs: Mapping[str, str], rng: Random) -> str:
+    """`text` with every pair on a line of its own after a random line of it.
+
+    Empty lines go: the chat's own empty line would be ambiguous otherwise.
+    """
+    lines = [line for line in text.split("\n") if line.strip()]
+    for key, value in pairs.items():
+        lines.insert(rng.randint(0, len(lines)), pair_list({key: value}))
+    return "\n".join(lines)
+
+
+def plain(text: str) -> str:
+    """`text` without special tokens: documentation of chat formats must not make any."""
+    return text.replace("<|", "< |")
 
 
 def recall_question(keys: Sequence[str]) -> str:

@@ -128,7 +128,7 @@ def test_whatever_the_scheduler_does(engines, calibrated, prompts, long_answer):
 
 def test_preempted_requests(engines, calibrated, dense, prompts, long_answer):
     """Two requests fit until they grow; one is then thrown out and computed again."""
-    longest = max(len(output.prompt_token_ids) for output in dense.outputs)
+    lengths = sorted((len(output.prompt_token_ids) for output in dense.outputs), reverse=True)
     stored = read_header(calibrated.windowed).layers[0].bytes_per_token
     pages = page_geometry(stored, 2 * 2 * 64 * torch.float32.itemsize, BLOCK)
     exact = exact_blocks(pages.exact_block_size, DEFAULT_SINKS, DEFAULT_WINDOW)
@@ -136,9 +136,9 @@ def test_preempted_requests(engines, calibrated, dense, prompts, long_answer):
         MODEL,
         block_size=BLOCK,
         dtype="float32",
-        num_gpu_blocks_override=2 * (-(-longest // BLOCK) + exact) + 2,
+        num_gpu_blocks_override=sum(-(-n // BLOCK) + exact for n in lengths[:2]) + 2,
         max_num_seqs=4,
-        max_model_len=longest + long_answer.max_tokens,
+        max_model_len=lengths[0] + long_answer.max_tokens,
         **compacted(calibrated.windowed),
     )
     alone = [engine.generate([prompt], long_answer)[0] for prompt in prompts[:4]]

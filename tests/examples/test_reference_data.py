@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -163,6 +164,59 @@ def test_writing_a_split_gives_the_stored_file(tmp_path):
     assert "".join(sorted(i["text"] for i in items if i["kind"] == "text")).count("word") == 50
 
 
+def long_text(seed: int) -> str:
+    rng = Random(seed)
+    words = ["lorem", "ipsum", "dolor", "<|im_end|>", "sit"]
+    return "".join(" ".join(rng.choices(words, k=9)) + "\n" for _ in range(6000))
+
+
+@pytest.fixture(scope="module")
+def long_items():
+    return {split.name: dataset.make_items(split, long_text(3)) for split in dataset.LONG_SPLITS}
+
+
+@pytest.mark.parametrize("split", dataset.LONG_SPLITS, ids=lambda split: split.name)
+def test_long_items_keep_the_wording_and_fit_the_context(split, long_items, tokenizer):
+    side = {m.url: size for size, pool in dataset.make_pool(split).items() for m in pool}
+    lengths = []
+    for item in long_items[split.name]:
+        if item["kind"] == "text":
+            lengths.append(len(tokenizer(item["text"])["input_ids"]))
+            assert "<|" not in item["text"]
+            continue
+        verify.check_item(item, tokenizer)
+        prompt = verify.training_prompt(item)
+        tokens = len(tokenizer(prompt)["input_ids"])
+        lengths.append(tokens + sum((side[url] // 28) ** 2 - 1 for url in image_urls(item)))
+    assert 2500 < max(lengths) <= 4000
+    assert sum(n > 1000 for n in lengths) > 0.2 * len(lengths)
+
+
+def test_long_passages_hold_the_answer_once(long_items):
+    passages = [i for i in long_items["heldout"] if i["kind"] == "passage"]
+    assert {len(i["messages"]) > 1 for i in passages} == {True, False}
+    for item in passages:
+        key = item["messages"][-1]["content"].rsplit("\n", 1)[-1].removesuffix("?")
+        lines = item["messages"][0]["content"].split("\n")
+        assert lines.count(f"{key}: {item['answer']}") == 1
+        assert sum(line.startswith(f"{key}:") for line in lines) == 1
+
+
+def test_long_files_share_no_item(long_items):
+    chats = [
+        json.dumps(i["messages"])
+        for items in long_items.values()
+        for i in items[:-1]
+        if i["kind"] != "text"
+    ]
+    assert len(set(chats)) == len(chats)
+
+
+def test_a_text_source_that_is_too_short_is_refused():
+    with pytest.raises(ValueError, match="ends after 90"):
+        dataset.make_items(dataset.LONG_SPLITS[0], "123456789\n" * 9)
+
+
 def test_model_folder_has_the_training_tokenizer(tokenizer):
     built = build_tokenizer()
     assert built.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
@@ -174,6 +228,13 @@ def test_model_card_shows_the_stored_measurement():
     assert measure.table(result) in (FOLDER / "README.md").read_text()
     assert 0.85 <= result["overall"]["accuracy"] <= 0.97
     assert result["items"] == len(ITEMS["heldout"])
+
+
+def test_subjects_document_shows_the_stored_measurement():
+    result = json.loads((ROOT / "docs" / "results" / "wide_vlm_dense.json").read_text())
+    shown = (ROOT / "docs" / "subjects.md").read_text()
+    assert measure.table(result) in shown
+    assert measure.length_table(result) in shown
 
 
 def test_files_stay_small():

@@ -75,6 +75,7 @@ def engine(pack: Path | None, **sections: Any) -> SimpleNamespace:
             "prefill_context_parallel_size": 1,
             "use_ubatching": False,
         },
+        "scheduler_config": {"disable_hybrid_kv_cache_manager": False},
         "attention_config": {"backend": chosen, "backend_per_kind": {}},
     }
     return SimpleNamespace(
@@ -249,6 +250,39 @@ def test_context_parallelism(pack, kind):
     parallel = {f"{kind}_context_parallel_size": 2}
     message = refusal(ConfigError, engine(pack, parallel_config=parallel))
     assert f"--{kind}-context-parallel-size is 2" in message and "supports only 1" in message
+
+
+def with_window(config: SimpleNamespace, **section: int) -> SimpleNamespace:
+    config.additional_config["attentionpack"].update(section)
+    return config
+
+
+def test_exact_tokens_need_the_hybrid_manager(pack):
+    scheduler = {"disable_hybrid_kv_cache_manager": True}
+    check(engine(pack, scheduler_config=scheduler))  # the pack advises none
+    for section in ({"window": 2}, {"sinks": 1}):
+        config = with_window(engine(pack, scheduler_config=scheduler), **section)
+        message = refusal(ConfigError, config)
+        assert "hybrid KV cache manager is off" in message and "Leave it on" in message
+        assert '"window": 0 and "sinks": 0' in message
+        check(with_window(engine(pack), **section))
+    check(with_window(engine(pack, scheduler_config=scheduler), window=1, sinks=0))
+
+
+def test_exact_tokens_and_micro_batches(pack):
+    config = with_window(engine(pack, parallel_config={"use_ubatching": True}), window=32)
+    message = refusal(ConfigError, config)
+    assert "micro-batching" in message and "exact tokens are looked up once per step" in message
+
+
+def test_advice_of_the_pack_can_be_overruled(pack, tmp_path):
+    header = identity_pack(PRINT, NAMES, heads_per_group=2).header
+    advised = tmp_path / "advised.pack.safetensors"
+    loaded = identity_pack(PRINT, NAMES, heads_per_group=2)
+    save_pack(Pack(header.model_copy(update={"sinks": 4, "window": 32}), loaded.layers), advised)
+    scheduler = {"disable_hybrid_kv_cache_manager": True}
+    refusal(ConfigError, engine(advised, scheduler_config=scheduler))
+    check(with_window(engine(advised, scheduler_config=scheduler), window=0, sinks=0))
 
 
 def test_pipeline_stages_do_not_know_the_modality(pack_of_two_modalities):

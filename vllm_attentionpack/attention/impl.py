@@ -129,7 +129,8 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
     ) -> list[Part]:
         """New tokens see each other as they are, and the context as it is stored."""
         batch = metadata.batch
-        parts = [ops.fresh_attention(fresh.query, fresh.key, fresh.value, batch, self.scale)]
+        attend = self.state.fresh_attention
+        parts = [attend(fresh.query, fresh.key, fresh.value, batch, self.scale)]
         if not metadata.has_context:
             return parts
         starts, stops = None, metadata.context_lens

@@ -1,6 +1,6 @@
 """Per-step metadata of the compacted attention layers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
+    AttentionCGSupport,
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
@@ -55,6 +56,33 @@ class AttentionPackMetadataBuilder(AttentionMetadataBuilder[AttentionPackMetadat
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         state: EngineState = next(iter(layers.values())).impl.state
         state.report(kv_cache_spec, vllm_config)
+        # A captured graph reads the address that it saw at capture: one buffer for all steps.
+        self.context_lens = torch.zeros(
+            vllm_config.scheduler_config.max_num_seqs + 1, dtype=torch.int32, device=device
+        )
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec
+    ) -> AttentionCGSupport:
+        """Batches of equal query length (decoding, drafts to verify), if the kernels are Triton's.
+
+        Not with an exact cache: its tokens are located by tensors made anew at every step.
+        """
+        state = EngineState.of(vllm_config)
+        capturable = state.ops_name == "triton" and not state.has_exact_cache
+        if capturable and state.config.exact_prefill:
+            return AttentionCGSupport.UNIFORM_BATCH
+        return AttentionCGSupport.NEVER
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> AttentionPackMetadata:
+        """Sized for the longest requests and with a context, whatever the sample batch has."""
+        metadata = self.build(0, common_attn_metadata)
+        longest = (self.vllm_config.model_config.max_model_len,) * common_attn_metadata.num_reqs
+        batch = replace(metadata.batch, max_seq_lens=longest)
+        return replace(metadata, batch=batch, has_context=True)
 
     def build(
         self,
@@ -75,11 +103,13 @@ class AttentionPackMetadataBuilder(AttentionMetadataBuilder[AttentionPackMetadat
                 n > stop - start
                 for n, start, stop in zip(longest, starts, starts[1:], strict=False)
             )
+        context_lens = self.context_lens[: common.num_reqs]
+        context_lens.copy_(common.compute_num_computed_tokens())
         return AttentionPackMetadata(
             num_actual_tokens=common.num_actual_tokens,
-            batch=QueryBatch.build(starts, longest, self.device),
+            batch=QueryBatch.build(starts, longest, self.device, common.query_start_loc),
             seq_lens=common.seq_lens,
-            context_lens=common.compute_num_computed_tokens(),
+            context_lens=context_lens,
             has_context=has_context,
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,

@@ -10,6 +10,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_attentionpack.attention.prefill import FreshAttention, select_prefill
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.config import ServeConfig, serve_config
 from vllm_attentionpack.errors import PackMismatchError
@@ -59,6 +60,8 @@ class EngineState:
     num_stages: int
     device: torch.device
     ops: Ops
+    ops_name: str
+    fresh_attention: FreshAttention
     layers: dict[str, Any]
     codecs: dict[str, LayerCodec] = field(default_factory=dict)
     exact_layers: "dict[str, ExactWindowLayer]" = field(default_factory=dict)
@@ -69,10 +72,12 @@ class EngineState:
     def of(cls, vllm_config: VllmConfig) -> "EngineState":
         """The state of the engine that `vllm_config` belongs to; loads the pack the first time.
 
-        It lives on the configuration object, which lives as long as the engine does, so that two
-        engines of one process never share it.
+        It lives on an object that lives as long as the engine does, so that two engines of one
+        process never share it; the one that holds the engine's layers, because vLLM gives the
+        parts of a model copies of its configuration.
         """
-        state = getattr(vllm_config, _ATTRIBUTE, None)
+        home = vllm_config.compilation_config
+        state = getattr(home, _ATTRIBUTE, None)
         if state is None:
             config = serve_config(vllm_config.additional_config)
             pack = load_pack(config.pack)
@@ -82,7 +87,14 @@ class EngineState:
             name, ops, passed_over = select_ops(config.ops, device)
             for other, reason in passed_over.items():
                 logger.info("AttentionPack: the ops '%s' cannot be used: %s", other, reason)
-            logger.info("AttentionPack: attention runs on the ops '%s'", name)
+            prefill, fresh_attention = select_prefill(
+                config.prefill, device, vllm_config.model_config.dtype
+            )
+            logger.info(
+                "AttentionPack: attention runs on the ops '%s', among new tokens on '%s'",
+                name,
+                prefill,
+            )
             state = cls(
                 config,
                 pack,
@@ -91,9 +103,11 @@ class EngineState:
                 num_stages=vllm_config.parallel_config.pipeline_parallel_size,
                 device=device,
                 ops=ops,
+                ops_name=name,
+                fresh_attention=fresh_attention,
                 layers=vllm_config.compilation_config.static_forward_context,
             )
-            object.__setattr__(vllm_config, _ATTRIBUTE, state)
+            object.__setattr__(home, _ATTRIBUTE, state)
         return state
 
     def codec(self, layer_name: str) -> LayerCodec:

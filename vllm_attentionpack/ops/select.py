@@ -13,6 +13,7 @@ from vllm_attentionpack.ops.reference import AbsorbedQuery, AttendedLatent
 
 #: Implementations by name, the fastest first; each module has the functions of `Ops`.
 IMPLEMENTATIONS = {
+    "triton": "vllm_attentionpack.ops.triton",
     "cpu": "vllm_attentionpack.ops.cpu",
     "reference": "vllm_attentionpack.ops.reference",
 }

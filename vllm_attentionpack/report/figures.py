@@ -1,5 +1,6 @@
 """The plots of the HTML report, as plotly figures."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,7 +51,8 @@ def pareto(result: Mapping[str, Any]) -> go.Figure:
     families: dict[str, list[Mapping[str, Any]]] = {}
     for row in result["rows"]:
         families.setdefault(row["family"], []).append(row)
-    for number, (family, rows) in enumerate(families.items()):
+    ordered = sorted(families.items(), key=lambda entry: not entry[0].startswith("ours"))
+    for number, (family, rows) in enumerate(ordered):
         rows = sorted(rows, key=lambda row: row["bytes_per_token"])
         for column, group in enumerate(groups, start=1):
             for line, (metric, _) in enumerate(metrics, start=1):
@@ -76,7 +78,7 @@ def pareto(result: Mapping[str, Any]) -> go.Figure:
         figure.update_yaxes(title_text=title, row=line, col=1)
         if metric == "kl":
             figure.update_yaxes(type="log", exponentformat="power", row=line)
-    figure.update_xaxes(type="log", dtick="D2", tickangle=0)
+    figure.update_xaxes(type="log", dtick=math.log10(2), tickformat=",.0f", tickangle=0)
     figure.update_xaxes(title_text="bytes per token", row=3)
     return _styled(figure, 900, legend={"orientation": "h", "y": -0.08}, hovermode="closest")
 

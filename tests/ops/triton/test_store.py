@@ -1,0 +1,92 @@
+"""Encoding as a GPU kernel against the reference."""
+
+import pytest
+import torch
+
+from tests.support.cases import random_codec
+from vllm_attentionpack.codec.layout import PlaneCounts
+from vllm_attentionpack.codec.quantize import decode_scale, unpack_codes
+from vllm_attentionpack.errors import ConfigError
+from vllm_attentionpack.ops import reference
+from vllm_attentionpack.ops import triton as kernels
+
+BLOCK_SIZE = 16
+
+
+def stored(ops, codec, key, value, slots, visual, fill=77):
+    cache = torch.full((6, codec.layout.block_bytes(BLOCK_SIZE)), fill, dtype=torch.uint8)
+    ops.store_kv(key, value, cache, slots, visual, codec, BLOCK_SIZE)
+    return cache
+
+
+def planes(codec, cache):
+    for plane in codec.layout.planes(BLOCK_SIZE):
+        stop = plane.offset + BLOCK_SIZE * plane.bytes_per_token
+        yield plane, cache[:, plane.offset : stop].unflatten(1, (BLOCK_SIZE, -1)).flatten(0, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("shape", "visual"),
+    [((2, 1, 32, 1), True), ((2, 2, 80, 2), True), ((2, 1, 64, 2), False), ((1, 1, 96, 1), False)],
+)
+def test_codes_match_the_reference(shape, visual, dtype):
+    """Products are rounded elsewhere, so that a code in a hundred may fall to its neighbour."""
+    heads, group, dims, modalities = shape
+    codec = random_codec(heads, group, dims, modalities, padding=3)
+    generator = torch.Generator().manual_seed(1)
+    tokens = 70
+    key, value = (torch.randn(tokens, heads, dims, generator=generator).to(dtype) for _ in range(2))
+    key[5] *= 40  # an outlier token
+    mask = torch.rand(tokens, generator=generator) < 0.5 if visual else None
+    slots = torch.randperm(5 * BLOCK_SIZE, generator=generator)[:tokens]
+    slots[[3, 9]] = -1
+    wanted = stored(reference, codec, key, value, slots, mask)
+    found = stored(kernels, codec, key, value, slots, mask)
+    for (plane, want), (_, got) in zip(planes(codec, wanted), planes(codec, found), strict=True):
+        if plane.bits == 0:
+            (scale, seen), (want_scale, want_seen) = decode_scale(got), decode_scale(want)
+            assert torch.equal(seen, want_seen)
+            assert (scale != want_scale).float().mean().item() < 0.03
+            alike = (scale == want_scale)[:, 0]
+            continue
+        code, want_code = unpack_codes(got, plane.bits), unpack_codes(want, plane.bits)
+        assert (code != want_code).float().mean().item() < 0.03
+    for (plane, want), (_, got) in zip(planes(codec, wanted), planes(codec, found), strict=True):
+        if plane.bits:
+            code, want_code = unpack_codes(got, plane.bits), unpack_codes(want, plane.bits)
+            assert (code - want_code)[alike].abs().max().item() <= 1 or plane.kind == "key"
+    end = codec.layout.content_bytes_per_token * BLOCK_SIZE
+    assert (found[:, end:] == 77).all(), "padding was written to"
+
+
+def test_padding_tokens_and_neighbours_are_left_alone():
+    codec = random_codec(2, 1, 32, padding=5)
+    key = torch.randn(4, 2, 32)
+    cache = stored(kernels, codec, key, key, torch.tensor([-1, 18, -1, 20]), None)
+    assert (cache != 77).any(1).tolist() == [False, True, False, False, False, False]
+    for _, rows in planes(codec, cache):
+        others = [i for i in range(BLOCK_SIZE) if i not in (2, 4)]
+        assert (rows[16:32][others] == 77).all()
+
+
+def test_strided_keys_and_values_as_vllm_hands_them():
+    """Keys and values are views of one projection's output."""
+    codec = random_codec(2, 1, 32)
+    joint = torch.randn(5, 2 * 2 * 32)
+    key, value = (x.unflatten(1, (2, 32)) for x in joint.chunk(2, 1))
+    assert not key.is_contiguous()
+    slots = torch.arange(5)
+    found = stored(kernels, codec, key, value, slots, None)
+    assert torch.equal(
+        found, stored(kernels, codec, key.contiguous(), value.contiguous(), slots, None)
+    )
+
+
+def test_16_bit_planes_are_refused():
+    codec = random_codec(1, 1, 32)
+    identity = random_codec(1, 1, 32, key=PlaneCounts(n16=32), value=PlaneCounts(n16=32))
+    assert codec.layout != identity.layout
+    key = torch.randn(1, 1, 32)
+    with pytest.raises(ConfigError, match="reference"):
+        stored(kernels, identity, key, key, torch.zeros(1, dtype=torch.int64), None)

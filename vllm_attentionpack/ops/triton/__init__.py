@@ -1,0 +1,28 @@
+"""The ops as Triton kernels for CUDA GPUs.
+
+Tensor cores take float16 operands in every model dtype: codes are whole numbers below 256 and exact
+in it, queries and results in latent space and the bases are rounded to it (11 bits, where bfloat16
+has 8), and sums are float32. Nothing here waits for the device or depends on what lies there, so
+all of it can be captured in CUDA graphs; tensors that a call returns come from PyTorch's allocator,
+which gives a graph its own pool.
+"""
+
+from vllm_attentionpack.ops.triton.ops import (
+    PackedLatent,
+    PackedQuery,
+    absorb_query,
+    paged_attention,
+    store_kv,
+    unavailable,
+    up_project,
+)
+
+__all__ = [
+    "PackedLatent",
+    "PackedQuery",
+    "absorb_query",
+    "paged_attention",
+    "store_kv",
+    "unavailable",
+    "up_project",
+]

@@ -1,0 +1,285 @@
+"""Host side of the kernels; `ops.reference` documents arguments, results and meaning."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_attentionpack.codec.codec import LayerCodec
+from vllm_attentionpack.ops.batch import QueryBatch
+from vllm_attentionpack.ops.triton.launch import attend_shape
+from vllm_attentionpack.ops.triton.prepared import prepare
+
+
+@dataclass(frozen=True)
+class PackedQuery:
+    """Queries in latent space, softmax scale included, for logits to base 2.
+
+    Attributes:
+        latent: float16 `[T, groups, M, H, C]`, `H` query heads of a group, `C` padded columns.
+        mean_logit: float32 `[T, groups, M, H]`, the query against the mean key of each modality.
+    """
+
+    latent: Tensor
+    mean_logit: Tensor
+
+
+@dataclass(frozen=True)
+class PackedLatent:
+    """What attention over codes yields, normalised.
+
+    Attributes:
+        latent: float16 `[T, groups, M, H, C]`.
+        weight: float32 `[T, groups, M, H]`, softmax weight of each modality.
+        lse: float32 `[T, Hq]`, natural log-sum-exp of the logits; `-inf` over no token.
+    """
+
+    latent: Tensor
+    weight: Tensor
+    lse: Tensor
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why these ops cannot run on `device`; None if they can."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "Triton is not installed"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"they need a CUDA device, not {device.type}"
+
+
+def store_kv(
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    visual: Tensor | None,
+    codec: LayerCodec,
+    block_size: int,
+) -> None:
+    from vllm_attentionpack.ops.triton.store import store_kernel
+
+    tokens = slot_mapping.shape[0]
+    if tokens == 0:
+        return
+    prepared = prepare(codec)
+    key, value = _heads_contiguous(key), _heads_contiguous(value)
+    k, v = (prepared.encoders[kind] for kind in ("key", "value"))
+    groups, modalities, dims, _ = k.basis.values.shape
+    tiles = prepared.encoding_tiles
+    columns = max(kind.columns for kind in tiles.values())
+    rows = 16 if tokens <= 64 or columns > 768 else (32 if columns > 384 else 64)
+    constants = tiles["key"].constants("K") | tiles["value"].constants("V")
+    for unread in ("WIDTH", "FULL", "JOINED"):
+        del constants[f"K_{unread}"], constants[f"V_{unread}"]
+    store_kernel[(-(-tokens // rows), groups, 2)](
+        key,
+        value,
+        kv_cache,
+        slot_mapping,
+        slot_mapping if visual is None else visual.view(torch.uint8),
+        prepared.planes(block_size),
+        k.basis.values,
+        k.basis.scale,
+        k.mean,
+        k.weight,
+        v.basis.values,
+        v.basis.scale,
+        v.mean,
+        v.weight,
+        kv_cache.stride(0),
+        key.stride(0),
+        value.stride(0),
+        tokens,
+        BLOCK_SIZE=block_size,
+        GROUP_DIMS=dims,
+        BLOCK_DIMS=_divisor(dims, 64),
+        TOKENS=rows,
+        MODALITIES=modalities,
+        HAS_VISUAL=visual is not None,
+        K_STEPS=k.steps,
+        V_STEPS=v.steps,
+        **constants,
+        num_warps=8 if rows > 16 or columns > 384 else 4,
+        num_stages=2,
+    )
+
+
+def absorb_query(query: Tensor, codec: LayerCodec, scale: float) -> PackedQuery:
+    from vllm_attentionpack.ops.triton.project import absorb_kernel
+
+    prepared = prepare(codec)
+    layout, basis = codec.layout, prepared.query_basis
+    tokens, query_heads, head_size = query.shape
+    if query.stride(2) != 1:
+        query = query.contiguous()
+    repeats = query_heads // layout.num_kv_heads
+    shape = (tokens, len(layout.groups), codec.num_modalities, repeats * layout.heads_per_group)
+    columns = prepared.tiles["key"].columns
+    latent = torch.empty(*shape, columns, dtype=torch.float16, device=query.device)
+    mean_logit = torch.empty(shape, dtype=torch.float32, device=query.device)
+    rows = tokens * repeats
+    block_rows = 16 if rows <= 64 else 64
+    block_columns = 64
+    grid = (
+        -(-rows // block_rows),
+        layout.num_kv_heads * codec.num_modalities,
+        -(-columns // block_columns),
+    )
+    if tokens:
+        absorb_kernel[grid](
+            query,
+            basis.values,
+            basis.scale,
+            prepared.key_mean,
+            latent,
+            mean_logit,
+            query.stride(0),
+            query.stride(1),
+            rows,
+            len(layout.groups),
+            scale,
+            REPEATS=repeats,
+            GROUP_HEADS=layout.heads_per_group,
+            MODALITIES=codec.num_modalities,
+            HEAD_SIZE=head_size,
+            COLUMNS=columns,
+            BLOCK_ROWS=block_rows,
+            BLOCK_COLUMNS=block_columns,
+            BLOCK_DIMS=_divisor(head_size, 64),
+            num_warps=4,
+        )
+    return PackedQuery(latent, mean_logit)
+
+
+def paged_attention(
+    query: PackedQuery,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    starts: Tensor | None,
+    stops: Tensor,
+    batch: QueryBatch,
+    codec: LayerCodec,
+    block_size: int,
+    causal: bool,
+) -> PackedLatent:
+    from vllm_attentionpack.ops.triton.attend import attend_kernel
+    from vllm_attentionpack.ops.triton.merge import merge_kernel
+
+    prepared = prepare(codec)
+    layout, tiles = codec.layout, prepared.tiles
+    tokens, groups, modalities, heads, _ = query.latent.shape
+    requests = batch.query_start_loc.shape[0] - 1
+    columns = tiles["value"].columns
+    shape = attend_shape(layout, modalities, heads, columns, batch, kv_cache.device)
+    rows = (tokens, groups, modalities, heads)
+    # A request of no new tokens is no program's; its rows do not exist.
+    parts = query.latent.new_empty(shape.splits, *rows, columns)
+    sums = query.mean_logit.new_empty(shape.splits, *rows)
+    latent, weight = query.latent.new_empty(*rows, columns), query.mean_logit.new_empty(rows)
+    lse = query.mean_logit.new_empty(tokens, groups * heads)
+    if not tokens:
+        return PackedLatent(latent, weight, lse)
+    constants = tiles["key"].constants("K") | tiles["value"].constants("V")
+    del constants["K_JOINED"]
+    attend_kernel[(requests * shape.query_tiles * shape.splits, groups * modalities)](
+        query.latent,
+        query.mean_logit,
+        kv_cache,
+        block_table,
+        stops if starts is None else starts,
+        stops,
+        batch.query_start_loc,
+        prepared.planes(block_size),
+        parts,
+        sums,
+        kv_cache.stride(0),
+        block_table.stride(0),
+        tokens,
+        groups,
+        shape.splits,
+        shape.query_tiles,
+        HEADS=heads,
+        ROWS=shape.rows,
+        BLOCK_SIZE=block_size,
+        TILE=shape.tile,
+        MODALITIES=modalities,
+        CAUSAL=causal,
+        HAS_STARTS=starts is not None,
+        STAGES=shape.stages,
+        **constants,
+        num_warps=shape.warps,
+    )
+    block_columns = min(128, 1 << (columns - 1).bit_length())
+    merge_kernel[(tokens * groups * heads, -(-columns // block_columns))](
+        parts,
+        sums,
+        latent,
+        weight,
+        lse,
+        sums[0].numel(),
+        shape.splits,
+        HEADS=heads,
+        MODALITIES=modalities,
+        COLUMNS=columns,
+        SPLITS=1 << (shape.splits - 1).bit_length(),
+        BLOCK_SPLITS=min(16, 1 << (shape.splits - 1).bit_length()),
+        BLOCK_COLUMNS=block_columns,
+        num_warps=4,
+    )
+    return PackedLatent(latent, weight, lse)
+
+
+def up_project(attended: PackedLatent, codec: LayerCodec) -> Tensor:
+    from vllm_attentionpack.ops.triton.project import up_project_kernel
+
+    prepared = prepare(codec)
+    layout, basis = codec.layout, prepared.value_basis
+    tokens, groups, modalities, heads, columns = attended.latent.shape
+    repeats = heads // layout.heads_per_group
+    out = torch.empty(
+        tokens, groups * heads, layout.head_size, dtype=torch.float32, device=attended.lse.device
+    )
+    rows = tokens * repeats
+    block_rows = 16 if rows <= 64 else 64
+    block_dims = _divisor(layout.head_size, 64)
+    if tokens:
+        up_project_kernel[
+            -(-rows // block_rows), layout.num_kv_heads, layout.head_size // block_dims
+        ](
+            attended.latent,
+            attended.weight,
+            basis.values,
+            basis.scale,
+            prepared.value_mean,
+            out,
+            rows,
+            groups,
+            groups * heads,
+            REPEATS=repeats,
+            GROUP_HEADS=layout.heads_per_group,
+            MODALITIES=modalities,
+            HEAD_SIZE=layout.head_size,
+            COLUMNS=columns,
+            BLOCK_ROWS=block_rows,
+            BLOCK_COLUMNS=64,
+            BLOCK_DIMS=block_dims,
+            num_warps=4,
+        )
+    return out
+
+
+def _heads_contiguous(x: Tensor) -> Tensor:
+    """`x` `[T, H, D]` with the heads of a token side by side."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def _divisor(n: int, largest: int) -> int:
+    """The largest power of two up to `largest` that divides `n`."""
+    return min(largest, n & -n)

@@ -1,0 +1,174 @@
+"""What the kernels read beside the pages: bases of one layer in the order of their operands.
+
+Derived from the codec once, when a layer is first used; a pure function of the codec.
+"""
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from vllm_attentionpack.codec.codec import LayerCodec
+from vllm_attentionpack.codec.layout import KINDS, Kind
+from vllm_attentionpack.codec.quantize import step_and_distortion
+from vllm_attentionpack.errors import ConfigError
+from vllm_attentionpack.ops.triton.tiles import ENCODING, KEYS, KindTiles, plane_table
+
+#: Accumulators of one program: value columns times rows of queries, float32.
+MAX_ACCUMULATORS = 1 << 15
+SMALLEST_ROWS = 16
+#: Bases are stored as float16 times a power of two that brings their largest entry to about this.
+_LARGEST_ENTRY = 256.0
+
+
+@dataclass(frozen=True)
+class HalfBasis:
+    """A basis in float16 with its power of two.
+
+    Attributes:
+        values: float16 `[heads or groups, M, rows, columns]`.
+        scale: float32 `[heads or groups, M]`; `values * scale` is the basis.
+    """
+
+    values: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, basis: Tensor) -> "HalfBasis":
+        largest = basis.abs().amax((-2, -1)).clamp_min(1e-30)
+        scale = torch.exp2(torch.ceil(torch.log2(largest / _LARGEST_ENTRY)))
+        return cls((basis / scale[..., None, None]).half().contiguous(), scale.contiguous())
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The encoding side of K or of V.
+
+    Attributes:
+        basis: `[groups, M, G * D, C]`.
+        mean: float32 `[groups, M, G * D]`.
+        weight: float32 `[groups, M, C]`, zero where padded.
+        steps: quantiser step for unit variance of each piece.
+    """
+
+    basis: HalfBasis
+    mean: Tensor
+    weight: Tensor
+    steps: tuple[float, ...]
+
+
+@dataclass
+class Prepared:
+    """The codec of one layer as the kernels take it; `C` are padded columns (see `tiles`)."""
+
+    codec: LayerCodec
+    device: torch.device
+    tables: dict[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        layout = self.codec.layout
+        if any(getattr(group, kind).n16 for group in layout.groups for kind in KINDS):
+            raise ConfigError(
+                "the ops 'triton' read planes of 8, 4 and 2 bits; this pack holds 16-bit latents, "
+                "which exist for tests and debugging. Serve it with ops = 'reference'."
+            )
+        columns = self.tiles["value"].columns
+        if columns * SMALLEST_ROWS > MAX_ACCUMULATORS:
+            raise ConfigError(
+                f"a head group of this pack keeps {columns} value dims (padding included); the ops "
+                f"'triton' take up to {MAX_ACCUMULATORS // SMALLEST_ROWS}. Calibrate with fewer "
+                "heads per group or a higher ratio, or serve with ops = 'reference'."
+            )
+
+    @cached_property
+    def tiles(self) -> dict[Kind, KindTiles]:
+        """The operands of attention."""
+        layout = self.codec.layout
+        return {"key": KindTiles.of(layout, "key", KEYS), "value": KindTiles.of_values(layout)}
+
+    @cached_property
+    def encoding_tiles(self) -> dict[Kind, KindTiles]:
+        """The operands of `store_kv`."""
+        return {kind: KindTiles.of(self.codec.layout, kind, ENCODING) for kind in KINDS}
+
+    def planes(self, block_size: int) -> Tensor:
+        """int32 `[groups, 2, 7]`, see `plane_table`."""
+        if block_size not in self.tables:
+            align: dict[Kind, int] = {kind: tiles.align for kind, tiles in self.tiles.items()}
+            self.tables[block_size] = plane_table(self.codec.layout, align, block_size, self.device)
+        return self.tables[block_size]
+
+    @cached_property
+    def query_basis(self) -> HalfBasis:
+        """`[Hk, M, D, C]`: queries to the operands of the key planes, for base-2 logits."""
+        return HalfBasis.of(self._decode("key").mT * math.log2(math.e))
+
+    @cached_property
+    def key_mean(self) -> Tensor:
+        """float32 `[Hk, M, D]`: the mean key, for base-2 logits."""
+        return self._mean("key").mul(math.log2(math.e)).contiguous()
+
+    @cached_property
+    def value_basis(self) -> HalfBasis:
+        """`[Hk, M, C, D]`: sums of the operands of the value planes to heads."""
+        return HalfBasis.of(self._decode("value"))
+
+    @cached_property
+    def value_mean(self) -> Tensor:
+        """float32 `[Hk, M, D]`."""
+        return self._mean("value").contiguous()
+
+    @cached_property
+    def encoders(self) -> "dict[Kind, Encoder]":
+        """What `store_kv` reads for K and for V."""
+        return {kind: self._encoder(kind) for kind in KINDS}
+
+    def _encoder(self, kind: Kind) -> "Encoder":
+        layout, tiles = self.codec.layout, self.encoding_tiles[kind]
+        dims = layout.heads_per_group * layout.head_size
+        shape = (len(layout.groups), self.codec.num_modalities, tiles.columns)
+        basis = torch.zeros(*shape[:2], dims, tiles.columns, device=self.device)
+        weight = torch.zeros(shape, device=self.device)
+        for g, (group, _) in enumerate(self.codec.group_heads()):
+            source = getattr(group, kind).basis
+            for columns, latent, _ in tiles.dims(g):
+                basis[g][..., columns] = source.encode[..., latent]
+                weight[g][..., columns] = source.weight[..., latent]
+        mean = torch.stack([getattr(g, kind).basis.mean for g, _ in self.codec.group_heads()])
+        steps = tuple(step_and_distortion(piece.bits)[0] for piece in tiles.pieces)
+        return Encoder(HalfBasis.of(basis), mean.contiguous(), weight, steps)
+
+    def _decode(self, kind: Kind) -> Tensor:
+        """float32 `[Hk, M, C, D]`: the decode basis with a row per column, zero where padded."""
+        layout, tiles = self.codec.layout, self.tiles[kind]
+        heads, dims = layout.heads_per_group, layout.head_size
+        out = torch.zeros(
+            layout.num_kv_heads, self.codec.num_modalities, tiles.columns, dims, device=self.device
+        )
+        for g, (group, of) in enumerate(self.codec.group_heads()):
+            decode = getattr(group, kind).basis.decode.to(self.device)  # [M, R, G * D]
+            decode = decode.unflatten(-1, (heads, dims)).permute(2, 0, 1, 3)  # [G, M, R, D]
+            for columns, latent, unit in tiles.dims(g):
+                out[of, :, columns] = decode[:, :, latent] / unit
+        return out
+
+    def _mean(self, kind: Kind) -> Tensor:
+        """float32 `[Hk, M, D]`."""
+        size = (self.codec.layout.heads_per_group, -1)
+        means = [getattr(group, kind).basis.mean for group, _ in self.codec.group_heads()]
+        return torch.cat([mean.unflatten(-1, size).transpose(0, 1) for mean in means])
+
+
+_prepared: "WeakKeyDictionary[LayerCodec, Prepared]" = WeakKeyDictionary()
+
+
+def prepare(codec: LayerCodec) -> Prepared:
+    """The prepared codec, made at its first use and kept for as long as the codec lives."""
+    found = _prepared.get(codec)
+    if found is None:
+        found = Prepared(codec, codec.groups[0].key.basis.mean.device)
+        _prepared[codec] = found
+    return found
