@@ -36,7 +36,7 @@ _setup_create_venv() {
 _setup_fingerprint() {
     {
         printf '%s\n' "$PWD" "$1"
-        cat pyproject.toml scripts/apply_patches.py patches/*/*.patch
+        cat pyproject.toml setup.py vllm_attentionpack/ops/cpu/csrc/* scripts/apply_patches.py patches/*/*.patch
     } | cksum
 }
 

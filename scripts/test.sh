@@ -2,15 +2,22 @@
 # All checks: style, types, quick tests, tests that start vLLM engines or fresh processes.
 #
 #   scripts/test.sh [--fast] [pytest arguments]      --fast leaves the last kind out
+#   scripts/test.sh --sanitize [pytest arguments]    only the tests of the CPU kernels, in a build
+#                                                    with address and undefined-behaviour checks
 #
 # Every phase runs whatever became of the one before it; the exit status is 0 only if all passed. A
 # pytest phase that collects no test has failed.
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 fast=false
+sanitize=false
 pytest_args=()
 for argument in "$@"; do
-    if [ "$argument" = --fast ]; then fast=true; else pytest_args+=("$argument"); fi
+    case $argument in
+    --fast) fast=true ;;
+    --sanitize) sanitize=true ;;
+    *) pytest_args+=("$argument") ;;
+    esac
 done
 
 bin=.venv/bin
@@ -31,6 +38,30 @@ phase() {
     echo "${summary[-1]}"
 }
 
+finish() {
+    printf '\n== summary\n'
+    printf '%s\n' "${summary[@]}"
+    [ "$failures" -eq 0 ]
+    exit
+}
+
+# A build beside the installed one, which the tests are pointed at. The sanitizers must be loaded
+# before Python, whose own leaks are not our business.
+run_sanitized() {
+    local folder=build/sanitize library
+    ATTENTIONPACK_CFLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+        "$bin/python" setup.py -q build_ext --build-lib "$folder" --build-temp "$folder/temp"
+    library=$(find "$PWD/$folder" -name '_kernels*.so')
+    [ -n "$library" ] || return 1
+    LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
+        ASAN_OPTIONS=detect_leaks=0 ATTENTIONPACK_CPU_LIBRARY=$library \
+        "$bin/python" -m pytest tests/ops/test_cpu.py "${pytest_args[@]}"
+}
+
+if $sanitize; then
+    phase "sanitizers" run_sanitized
+    finish
+fi
 phase "ruff check" "$bin/ruff" check "${sources[@]}"
 phase "ruff format" "$bin/ruff" format --check "${sources[@]}"
 phase "mypy" "$bin/mypy"
@@ -45,6 +76,4 @@ if ! $fast; then
         -m "(engine or slow) and not gpu" "${pytest_args[@]}"
 fi
 
-printf '\n== summary\n'
-printf '%s\n' "${summary[@]}"
-[ "$failures" -eq 0 ]
+finish

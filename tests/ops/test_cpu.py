@@ -307,6 +307,7 @@ def test_passed_over_on_other_devices():
 def test_says_so_where_the_kernels_are_missing(monkeypatch):
     """A package that was installed without a compiler runs on the reference ops and says why."""
     monkeypatch.setattr(library, "_MODULE", "vllm_attentionpack.ops.cpu._no_kernels")
+    monkeypatch.delenv(library.LIBRARY_VARIABLE, raising=False)
     library._load.cache_clear()
     library.find_kernels.cache_clear()
     try:

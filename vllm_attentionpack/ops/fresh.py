@@ -26,6 +26,10 @@ def fresh_attention(
     lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
     repeats = query.shape[1] // key.shape[1]
     for segment in batch.segments:
+        if segment.tokens.shape[1] == 1:
+            rows = segment.tokens[:, 0]
+            out[rows], lse[rows] = _alone(query[rows], key[rows], value[rows], scale)
+            continue
         q = query[segment.tokens].transpose(1, 2)  # [b, Hq, q, D]
         k, v = (
             x[segment.tokens].transpose(1, 2).repeat_interleave(repeats, dim=1)
@@ -35,6 +39,13 @@ def fresh_attention(
         out[segment.tokens] = segment_out.transpose(1, 2)
         lse[segment.tokens] = segment_lse.transpose(1, 2)
     return out, lse
+
+
+def _alone(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """A token that sees only itself, as all do that decode: its value, and its one logit."""
+    repeats = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+    return v, (q.float() * k.float()).sum(-1) * scale
 
 
 def _causal_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,9 @@ from torch import Tensor
 #: For tests only: the name of an instruction set (csrc/dispatch.cpp) instead of the fastest.
 ISA_VARIABLE = "ATTENTIONPACK_CPU_ISA"
 
+#: For tests only: another build of the library.
+LIBRARY_VARIABLE = "ATTENTIONPACK_CPU_LIBRARY"
+
 _MODULE = "vllm_attentionpack.ops.cpu._kernels"
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 #: int64 numbers of `Side` in csrc/api.h: planes, rank, scales and three planes of four.
@@ -66,13 +69,14 @@ class Kernels:
 def _load() -> ctypes.CDLL | str:
     """The library, or why there is none."""
     spec = find_spec(_MODULE)
-    if spec is None or spec.origin is None:
+    path = os.environ.get(LIBRARY_VARIABLE) or (spec and spec.origin)
+    if not path:
         return (
             "the compiled kernels are not installed. They are built with the package where there "
             "is a C++ compiler (g++ or clang++): install one and reinstall the package."
         )
     try:
-        library = ctypes.CDLL(spec.origin)
+        library = ctypes.CDLL(path)
     except OSError as error:
         return f"the compiled kernels cannot be loaded: {error}."
     library.ap_kernels.restype = _POINTER
