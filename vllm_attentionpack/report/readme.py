@@ -129,8 +129,8 @@ def _window(result: dict[str, Any]) -> str:
     mean = result["subject"]["mean_context"]
     lines += [
         "",
-        f"Dense accuracy {dense}; {mean:.0f} tokens per prompt on average, of which a window takes a "
-        "larger share than of long contexts. Teacher-forced, every token that is not exact read "
+        f"Dense accuracy {dense}; {mean:.0f} tokens per prompt on average, of which a window takes "
+        "a larger share than of long contexts. Teacher-forced, every token that is not exact read "
         "from its codes.",
     ]
     return "\n".join(lines)
