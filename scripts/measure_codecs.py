@@ -22,8 +22,6 @@ from vllm_attentionpack.evaluate.simulate.measure import Simulator
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "reference-vlm"
-#: For the rotations of OSCAR.
-_CAPTURED_TOKENS = 16_384
 
 
 def main() -> int:
@@ -39,6 +37,8 @@ def main() -> int:
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--max-context", type=int, default=512)
     parser.add_argument("--group-sizes", type=int, nargs="+", help="[default: all]")
+    parser.add_argument("--baselines", nargs="+", help="only those with one of these in the name")
+    parser.add_argument("--captured-tokens", type=int, default=16_384, help="for OSCAR's rotations")
     parser.add_argument("--ratios", type=float, nargs="+", default=[4, 5, 6, 8, 10, 12, 16])
     parser.add_argument("--exact-ratios", type=float, nargs="+", default=[8, 10, 12, 16])
     parser.add_argument("--sinks", type=int, default=4)
@@ -56,10 +56,12 @@ def main() -> int:
         items = drawn_items(Path(folder)) if options.draw else setting.items(options.heldout)
         table = setting.table(items, options.heldout_tokens)
         captured = capture(
-            Simulator(setting.llm, setting.shape, setting.dataset.items, _CAPTURED_TOKENS)
+            Simulator(setting.llm, setting.shape, setting.dataset.items, options.captured_tokens)
         )
         coded_only_when_old = ExactTokens(options.sinks, options.recent, beside_codes=False)
         for name, codec in baselines(setting.shape, captured, coded_only_when_old).items():
+            if options.baselines and not any(part in name for part in options.baselines):
+                continue
             table.add(name.split()[0] if " " in name else name, name, codec)
         del captured
         for group_size in options.group_sizes or setting.group_sizes:
