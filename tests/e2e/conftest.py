@@ -112,6 +112,7 @@ def calibrated(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> Ca
         [Wanted(8.0), Wanted(full_rank), Wanted(8.0, DEFAULT_SINKS, DEFAULT_WINDOW)],
         group_size=2,
         max_model_len=1024,
+        sensitivity="uniform",  # measured ones take minutes
     )
     folder = tmp_path_factory.mktemp("packs")
     names = ("eightfold", "eight_bit", "windowed")
