@@ -246,8 +246,10 @@ def test_a_start_that_is_refused(refused_starts, wrong, said):
 
 def test_the_log_says_what_is_served(server):
     header = read_header(server.pack)
-    lines = [line for line in server.log.read_text().splitlines() if "AttentionPack:" in line]
-    (line,) = lines
+    log = server.log.read_text().splitlines()
+    (line,) = (line for line in log if "compacted KV cache" in line)
+    (chosen,) = (line for line in log if "attention runs on the ops" in line)
+    assert "AttentionPack: attention runs on the ops 'cpu'" in chosen
     tokens = KV_CACHE_BYTES // header.bytes_per_token
     found = re.search(
         r"AttentionPack: (\S+)x compacted KV cache, (\d+) -> (\d+) bytes per token, "

@@ -36,8 +36,8 @@ class Inspection:
 
     def count_stored_tokens(self) -> None:
         """Starts counting from zero."""
-        from vllm_attentionpack import ops
-
+        layers = self.vllm_config.compilation_config.static_forward_context
+        ops = next(layer.impl.state.ops for layer in layers.values() if hasattr(layer, "impl"))
         self._stored = {"tokens": 0, "visual": 0}
         if not hasattr(ops.store_kv, "counted"):
             ops.store_kv = self._counting(ops.store_kv)
