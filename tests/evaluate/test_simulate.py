@@ -37,7 +37,9 @@ def served(pack: Path) -> list[np.ndarray]:
 
     engines = Engines()
     try:
-        engine = engines.get(MODEL, **ENGINE, **compacted(pack, exact_prefill=False))
+        engine = engines.get(
+            MODEL, **ENGINE, **compacted(pack, exact_prefill=False, sinks=0, window=0)
+        )
         renderer = PromptRenderer(engine.llm)
         items = read_dataset(HELD_OUT_DATA).items[:ITEMS]
         prompts = [prompt for item in items for prompt in renderer.render(item)]
