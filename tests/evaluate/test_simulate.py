@@ -22,6 +22,10 @@ ENGINE = {"dtype": "float32", "max_model_len": 1024}
 ITEMS = 24
 
 
+#: Every token from its code, by the ops whose sums the simulation shares.
+SECTION = {"exact_prefill": False, "sinks": 0, "window": 0, "ops": "reference"}
+
+
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("simulate") / "8x.pack.safetensors"
