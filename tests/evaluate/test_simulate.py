@@ -87,7 +87,7 @@ def test_simulated_pack_equals_the_served_one(pack: Path, served: list[np.ndarra
     # float32 on both sides: what is left is the order of sums, and codes that fall the other way
     error = np.concatenate([np.abs(a - b) for a, b in zip(simulated, served, strict=True)])
     loss = np.concatenate([np.abs(a - b) for a, b in zip(dense, served, strict=True)])
-    assert np.median(error) < 1e-5
+    assert np.median(error) < 1e-4
     assert error.mean() < 0.02 * loss.mean()
 
     assert none.kl.max() < 1e-9 and (none.same == none.tokens).all()
