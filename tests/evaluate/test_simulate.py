@@ -30,7 +30,7 @@ SECTION = {"exact_prefill": False, "sinks": 0, "window": 0, "ops": "reference"}
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("simulate") / "8x.pack.safetensors"
     options = {"sensitivity": "uniform", "max_tokens": 4000, **ENGINE}
-    calibrate(str(MODEL), CALIBRATION_DATA, 8, path, **options)
+    calibrate(str(MODEL), CALIBRATION_DATA, 8, path, sinks=0, window=0, **options)
     return path
 
 
@@ -87,7 +87,7 @@ def test_simulated_pack_equals_the_served_one(pack: Path, served: list[np.ndarra
     # float32 on both sides: what is left is the order of sums, and codes that fall the other way
     error = np.concatenate([np.abs(a - b) for a, b in zip(simulated, served, strict=True)])
     loss = np.concatenate([np.abs(a - b) for a, b in zip(dense, served, strict=True)])
-    assert np.median(error) < 1e-4
+    assert np.median(error) < 1e-5
     assert error.mean() < 0.02 * loss.mean()
 
     assert none.kl.max() < 1e-9 and (none.same == none.tokens).all()
