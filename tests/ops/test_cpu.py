@@ -9,7 +9,7 @@ import torch
 from tests.support.cases import random_codec
 from tests.support.cpu import INSTRUCTION_SETS, instruction_set, threads
 from tests.support.oracle import attend
-from tests.support.paging import PagedBatch, paged_batch
+from tests.support.paging import PagedBatch, attend_codes, paged_batch
 from vllm_attentionpack.codec.codec import LayerCodec, identity_codec
 from vllm_attentionpack.codec.layout import PlaneCounts
 from vllm_attentionpack.ops import QueryBatch, cpu, reference
@@ -43,26 +43,13 @@ def isa(request):
         yield request.param
 
 
-def run(ops, codec, case: PagedBatch, query, starts, stops, causal, scale=0.2):
-    attended = ops.paged_attention(
-        ops.absorb_query(query, codec, scale),
-        case.kv_cache,
-        case.block_table,
-        starts,
-        stops,
-        case.batch,
-        codec,
-        case.block_size,
-        causal,
-    )
-    return ops.up_project(attended, codec), attended.lse
-
-
 def check(codec: LayerCodec, case: PagedBatch, dtype, starts=None, stops=None, causal=True):
     """At most twice the error of PyTorch in the same dtype; float64 decides what is right."""
     case.query = case.query.to(dtype).float()
     stops = case.seq_lens if stops is None else stops
-    out, lse = run(cpu, codec, case, case.query.to(dtype), starts, stops, causal)
+    out, lse = attend_codes(
+        cpu, codec, case, stops, causal, starts=starts, query=case.query.to(dtype)
+    )
     first = torch.zeros_like(stops) if starts is None else starts
     ranges = list(zip(first.tolist(), stops.tolist(), strict=True))
     want, want_lse = attend(codec, case, 0.2, ranges=ranges, causal=causal)
@@ -124,8 +111,8 @@ def test_overflow_of_the_largest_codes(isa):
             group.value.basis.decode.fill_(0.01)
         query.fill_(1.0)
         stops = case.seq_lens
-        out, lse = run(cpu, codec, case, query, None, stops, True)
-        want, want_lse = run(reference, codec, case, query, None, stops, True)
+        out, lse = attend_codes(cpu, codec, case, stops, True, query=query)
+        want, want_lse = attend_codes(reference, codec, case, stops, True, query=query)
         assert torch.allclose(out, want, rtol=1e-3)
         assert torch.allclose(lse, want_lse, rtol=1e-3)
 
@@ -198,7 +185,7 @@ def test_views_that_are_not_contiguous(isa):
     codec = random_codec(2, 2, 32)
     case = paged_batch(codec, 4, [40, 70], [1, 3], 16)
     query = case.query.bfloat16()
-    want = run(cpu, codec, case, query, None, case.seq_lens, True)
+    want = attend_codes(cpu, codec, case, case.seq_lens, True, query=query)
     wide = torch.randint(0, 256, (case.kv_cache.shape[0], case.kv_cache.shape[1] + 16))
     wide = wide.to(torch.uint8)
     wide[:, : case.kv_cache.shape[1]] = case.kv_cache
@@ -209,7 +196,7 @@ def test_views_that_are_not_contiguous(isa):
     stops = case.seq_lens.repeat_interleave(2)[::2]
     spread = torch.zeros(query.shape[0], 4, 64, dtype=query.dtype)
     spread[..., ::2] = query
-    got = run(cpu, codec, case, spread[..., ::2], None, stops, True)
+    got = attend_codes(cpu, codec, case, stops, True, query=spread[..., ::2])
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
@@ -219,7 +206,7 @@ def test_no_request_at_all(isa):
     case.batch = QueryBatch.build([0], [], torch.device("cpu"))
     nothing = torch.zeros(0, dtype=torch.int32)
     case.block_table = case.block_table[:0]
-    out, lse = run(cpu, codec, case, case.query[:0], None, nothing, True)
+    out, lse = attend_codes(cpu, codec, case, nothing, True, query=case.query[:0])
     assert out.shape == (0, 4, 32) and lse.shape == (0, 4)
 
 
@@ -334,7 +321,7 @@ def test_one_openmp_runtime():
     """The kernels run on PyTorch's threads: a second runtime would have threads of its own."""
     codec = random_codec(2, 2, 32)
     case = paged_batch(codec, 4, [40], [1], 16)
-    run(cpu, codec, case, case.query, None, case.seq_lens, True)
+    attend_codes(cpu, codec, case, case.seq_lens, True)
     with open("/proc/self/maps") as maps:
         files = {line.split()[-1] for line in maps if "/" in line}
     runtimes = [f for f in files if any(x in f.rsplit("/")[-1] for x in ("gomp", "iomp", "libomp"))]

@@ -6,18 +6,16 @@ from torch import Tensor
 
 from tests.support.cases import random_codec
 from tests.support.oracle import attend
-from tests.support.paging import PagedBatch, paged_batch
+from tests.support.paging import PagedBatch, attend_codes, paged_batch
 from vllm_attentionpack.ops import (
     ExactTokens,
-    absorb_query,
     exact_attention,
     fresh_attention,
     locate_exact,
     merge_attention,
-    paged_attention,
     recent_attention,
+    reference,
     store_exact,
-    up_project,
 )
 from vllm_attentionpack.ops.exact import NULL_BLOCK
 
@@ -51,21 +49,6 @@ def exact_pages(
         slots = table[row, position // BLOCK].long() * BLOCK + position % BLOCK
         store_exact(case.key[row][:context], case.value[row][:context], pages, slots)
     return pages, table
-
-
-def codes(case, codec, starts, stops, causal):
-    attended = paged_attention(
-        absorb_query(case.query, codec, SCALE),
-        case.kv_cache,
-        case.block_table,
-        starts,
-        stops,
-        case.batch,
-        codec,
-        case.block_size,
-        causal,
-    )
-    return up_project(attended, codec), attended.lse
 
 
 def expected_tokens(case: PagedBatch, table: Tensor, row: int, sinks: int, window: int) -> Tensor:
@@ -106,7 +89,7 @@ def test_each_token_is_read_once(sinks, window, missing):
     got = merge_attention(
         fresh_attention(case.query, case.fresh_key(), case.fresh_value(), case.batch, SCALE),
         exact_attention(case.query, pages, tokens, case.batch, SCALE),
-        codes(case, codec, tokens.starts, tokens.stops, causal=False),
+        attend_codes(reference, codec, case, tokens.stops, False, tokens.starts, SCALE),
     )
     assert_close(got, attend(codec, case, SCALE, lambda row, _: exact[row]))
 
@@ -140,9 +123,9 @@ def test_new_tokens_as_later_ones_see_them(sinks, window):
             sinks,
             window,
         ),
-        codes(case, codec, starts, case.seq_lens - window, causal=True),
+        attend_codes(reference, codec, case, case.seq_lens - window, True, starts, SCALE),
         exact_attention(case.query, pages, tokens, case.batch, SCALE),
-        codes(case, codec, tokens.starts, tokens.stops, causal=False),
+        attend_codes(reference, codec, case, tokens.stops, False, tokens.starts, SCALE),
     )
     assert_close(got, attend(codec, case, SCALE, exact))
 

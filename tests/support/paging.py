@@ -1,6 +1,7 @@
 """A paged batch with all that a kernel could trip over: shuffled blocks, garbage in free slots."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,3 +95,31 @@ def paged_batch(
         visual=visual,
         batch=QueryBatch.build(starts, lengths, torch.device("cpu")),
     )
+
+
+def attend_codes(
+    ops: Any,
+    codec: LayerCodec,
+    case: PagedBatch,
+    stops: Tensor,
+    causal: bool,
+    starts: Tensor | None = None,
+    scale: float = 0.2,
+    query: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of one implementation of the ops over the codes of a batch.
+
+    `query` takes the place of the batch's own; all else is as in `ops.reference.paged_attention`.
+    """
+    attended = ops.paged_attention(
+        ops.absorb_query(case.query if query is None else query, codec, scale),
+        case.kv_cache,
+        case.block_table,
+        starts,
+        stops,
+        case.batch,
+        codec,
+        case.block_size,
+        causal,
+    )
+    return ops.up_project(attended, codec), attended.lse

@@ -17,17 +17,8 @@ from typing import Any
 import torch
 
 from vllm_attentionpack.bench.shapes import LayerShape
-from vllm_attentionpack.codec.layout import KINDS, PlaneCounts
-from vllm_attentionpack.packfile import Fingerprint, Pack, save_pack
-from vllm_attentionpack.packfile.schema import (
-    FORMAT_VERSION,
-    GroupHeader,
-    LayerHeader,
-    LayerPack,
-    PackHeader,
-    PlaneHeader,
-    Provenance,
-)
+from vllm_attentionpack.packfile import Fingerprint, save_pack
+from vllm_attentionpack.packfile.uncalibrated import uncalibrated_pack
 
 
 @dataclass(frozen=True)
@@ -99,44 +90,10 @@ def write_model(model: Model, folder: Path) -> None:
 def write_pack(model: Model, fingerprint: Fingerprint, path: Path) -> None:
     """A pack of random bases for every layer."""
     codec = model.layer.codec(torch.device("cpu"))
-    layout = codec.layout
-
-    def header(counts: PlaneCounts) -> PlaneHeader:
-        return PlaneHeader(n8=counts.n8, n4=counts.n4, n2=counts.n2, n16=counts.n16)
-
-    groups = tuple(GroupHeader(key=header(g.key), value=header(g.value)) for g in layout.groups)
-    layers = tuple(
-        LayerHeader(
-            name=f"model.layers.{i}.self_attn.attn",
-            bytes_per_token=layout.bytes_per_token,
-            groups=groups,
-        )
-        for i in range(model.layers)
-    )
-    provenance = Provenance(
-        model="random weights",
-        data_sha256="0" * 64,
-        tokens=0,
-        visual_tokens=0,
-        seed=0,
-        vllm_version="",
-        attentionpack_version="",
-    )
-    pack_header = PackHeader(
-        format_version=FORMAT_VERSION,
-        fingerprint=fingerprint,
-        provenance=provenance,
-        heads_per_group=layout.heads_per_group,
-        num_modalities=codec.num_modalities,
-        ratio=layout.compression_ratio,
-        max_context=131072,
-        layers=layers,
-    )
-    part = LayerPack(
-        bases=[{kind: getattr(g, kind).basis for kind in KINDS} for g in codec.groups],
-        variance=[{kind: getattr(g, kind).basis.mean * 0 for kind in KINDS} for g in codec.groups],
-    )
-    save_pack(Pack(pack_header, [part] * model.layers), path)
+    names = [f"model.layers.{i}.self_attn.attn" for i in range(model.layers)]
+    codecs = [codec] * model.layers
+    ratio = codec.layout.compression_ratio
+    save_pack(uncalibrated_pack(codecs, fingerprint, names, ratio, max_context=131072), path)
 
 
 def run_engine(model: Model, arguments: dict[str, Any]) -> dict[str, float]:

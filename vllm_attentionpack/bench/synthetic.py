@@ -20,20 +20,10 @@ from vllm_attentionpack.codec.layout import (
     SCALE_BYTES,
     GroupLayout,
     LayerLayout,
-    PlaneCounts,
 )
 from vllm_attentionpack.codec.transform import PrincipalBasis
-from vllm_attentionpack.packfile.schema import (
-    FORMAT_VERSION,
-    Fingerprint,
-    GroupHeader,
-    LayerHeader,
-    LayerPack,
-    Pack,
-    PackHeader,
-    PlaneHeader,
-    Provenance,
-)
+from vllm_attentionpack.packfile import Fingerprint, Pack
+from vllm_attentionpack.packfile.uncalibrated import uncalibrated_pack
 
 DECAY = 2.0
 
@@ -101,34 +91,8 @@ def synthetic_pack(
 ) -> Pack:
     """A pack for a model with random weights: right in every byte, and good for nothing."""
     codec = synthetic_codec(fingerprint.num_kv_heads, heads_per_group, fingerprint.head_size, ratio)
-    groups = tuple(
-        GroupHeader(key=_planes(group.key), value=_planes(group.value))
-        for group in codec.layout.groups
-    )
-    header = PackHeader(
-        format_version=FORMAT_VERSION,
-        fingerprint=fingerprint,
-        provenance=Provenance(
-            model="random weights",
-            data_sha256="0" * 64,
-            tokens=0,
-            visual_tokens=0,
-            seed=0,
-            vllm_version="",
-            attentionpack_version="",
-        ),
-        heads_per_group=heads_per_group,
-        num_modalities=1,
-        ratio=ratio,
-        max_context=max_context,
-        layers=tuple(
-            LayerHeader(name=name, bytes_per_token=codec.layout.bytes_per_token, groups=groups)
-            for name in layer_names
-        ),
-    )
-    bases = [{kind: getattr(group, kind).basis for kind in KINDS} for group in codec.groups]
-    variance = [{kind: basis[kind].mean * 0 for kind in KINDS} for basis in bases]
-    return Pack(header, [LayerPack(bases, variance) for _ in layer_names])
+    codecs = [codec] * len(layer_names)
+    return uncalibrated_pack(codecs, fingerprint, layer_names, ratio, max_context)
 
 
 def save_dummy_model(
@@ -173,7 +137,3 @@ def _turn(dims: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     turn, _ = torch.linalg.qr(torch.randn(dims, dims, generator=generator, dtype=torch.float64))
     return turn
-
-
-def _planes(counts: PlaneCounts) -> PlaneHeader:
-    return PlaneHeader(n8=counts.n8, n4=counts.n4, n2=counts.n2, n16=counts.n16)

@@ -318,14 +318,10 @@ def _layer(
     groups, truncated, variance = [], [], []
     for group in bases:
         chosen: dict[Kind, PlaneCounts] = {kind: next(units) for kind in KINDS}
-        groups.append(GroupHeader(key=_plane(chosen["key"]), value=_plane(chosen["value"])))
+        groups.append(GroupHeader(**{kind: PlaneHeader.of(chosen[kind]) for kind in KINDS}))
         kept: dict[Kind, Basis] = {kind: group[kind].truncate(chosen[kind]) for kind in KINDS}
         truncated.append(kept)
         spectra: dict[Kind, Tensor] = {kind: group[kind].variance.float() for kind in KINDS}
         variance.append(spectra)
     header = LayerHeader(name=name, bytes_per_token=size, groups=tuple(groups))
     return header, LayerPack(truncated, variance)
-
-
-def _plane(counts: PlaneCounts) -> PlaneHeader:
-    return PlaneHeader(n8=counts.n8, n4=counts.n4, n2=counts.n2)

@@ -87,6 +87,10 @@ class PlaneHeader(_Frozen):
     n2: Count
     n16: Count = 0
 
+    @classmethod
+    def of(cls, counts: PlaneCounts) -> "PlaneHeader":
+        return cls(n8=counts.n8, n4=counts.n4, n2=counts.n2, n16=counts.n16)
+
     def counts(self) -> PlaneCounts:
         return PlaneCounts(n8=self.n8, n4=self.n4, n2=self.n2, n16=self.n16)
 

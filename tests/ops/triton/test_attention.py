@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.support.cases import random_codec
-from tests.support.paging import paged_batch
+from tests.support.paging import attend_codes, paged_batch
 from vllm_attentionpack.codec.layout import GroupLayout, LayerLayout, PlaneCounts
 from vllm_attentionpack.ops import reference
 from vllm_attentionpack.ops import triton as kernels
@@ -15,22 +15,6 @@ FRESH = [5, 1, 1, 3, 0]
 
 #: Operands are float16: eleven bits, of which sums over dims and tokens keep about ten.
 TOLERANCE = 2e-3
-
-
-def run(ops, codec, case, stops, causal, starts=None, scale=0.2, query=None):
-    query = case.query if query is None else query
-    attended = ops.paged_attention(
-        ops.absorb_query(query, codec, scale),
-        case.kv_cache,
-        case.block_table,
-        starts,
-        stops,
-        case.batch,
-        codec,
-        case.block_size,
-        causal,
-    )
-    return ops.up_project(attended, codec), attended.lse
 
 
 def assert_close(found, wanted):
@@ -58,8 +42,8 @@ def test_kernels_match_the_reference(shape):
     codec = random_codec(heads, group, dims, modalities, padding=3)
     case = paged_batch(codec, query_heads, CONTEXTS, FRESH, block_size)
     stops = case.seq_lens if causal else case.context_lens
-    found = run(kernels, codec, case, stops, causal)
-    assert_close(found, run(reference, codec, case, stops, causal))
+    found = attend_codes(kernels, codec, case, stops, causal)
+    assert_close(found, attend_codes(reference, codec, case, stops, causal))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -70,8 +54,8 @@ def test_token_ranges(causal):
     starts = torch.tensor([0, 4, 0, 16, 130, 5, 33])
     margins = torch.tensor([9, 2, 0, 5, 17, 13, 1])
     stops = (case.seq_lens if causal else case.context_lens).long() - margins
-    found = run(kernels, codec, case, stops, causal, starts)
-    wanted = run(reference, codec, case, stops, causal, starts)
+    found = attend_codes(kernels, codec, case, stops, causal, starts)
+    wanted = attend_codes(reference, codec, case, stops, causal, starts)
     assert wanted[1].isneginf().any()
     assert_close(found, wanted)
 
@@ -89,7 +73,10 @@ def test_planes_of_odd_widths(key, value):
     codec = random_codec(2, 2, 64, key=key, value=value)
     case = paged_batch(codec, 6, [3, 90], [1, 2], 32)
     stops = case.seq_lens
-    assert_close(run(kernels, codec, case, stops, True), run(reference, codec, case, stops, True))
+    assert_close(
+        attend_codes(kernels, codec, case, stops, True),
+        attend_codes(reference, codec, case, stops, True),
+    )
 
 
 def test_head_groups_with_different_planes():
@@ -106,7 +93,10 @@ def test_head_groups_with_different_planes():
     codec = type(wide)(layout, bases)
     case = paged_batch(codec, 4, [70, 5], [1, 1], 16)
     stops = case.seq_lens
-    assert_close(run(kernels, codec, case, stops, True), run(reference, codec, case, stops, True))
+    assert_close(
+        attend_codes(kernels, codec, case, stops, True),
+        attend_codes(reference, codec, case, stops, True),
+    )
 
 
 @pytest.mark.parametrize("runs", [True, False])
@@ -120,7 +110,10 @@ def test_tiles_of_one_modality_are_skipped_without_loss(runs):
         slots = case.block_table[row, position // 32].long() * 32 + position % 32
         reference.store_kv(case.key[row], case.value[row], case.kv_cache, slots, visual, codec, 32)
     stops = case.seq_lens
-    assert_close(run(kernels, codec, case, stops, True), run(reference, codec, case, stops, True))
+    assert_close(
+        attend_codes(kernels, codec, case, stops, True),
+        attend_codes(reference, codec, case, stops, True),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -129,8 +122,8 @@ def test_queries_in_every_dtype_and_as_a_strided_view(dtype):
     case = paged_batch(codec, 4, [33], [2], 16)
     joint = torch.randn(2, 4, 3 * 64).to(dtype)
     query = joint[..., 64:128]
-    found = run(kernels, codec, case, case.seq_lens, True, query=query)
-    wanted = run(reference, codec, case, case.seq_lens, True, query=query.float())
+    found = attend_codes(kernels, codec, case, case.seq_lens, True, query=query)
+    wanted = attend_codes(reference, codec, case, case.seq_lens, True, query=query.float())
     assert_close(found, wanted)
 
 
@@ -138,7 +131,7 @@ def test_nothing_depends_on_bytes_that_no_token_owns():
     """Free slots, padding and invalid table entries may hold anything."""
     codec = random_codec(2, 1, 32, padding=7)
     case = paged_batch(codec, 4, [20, 33], [1, 1], 16)
-    first = run(kernels, codec, case, case.seq_lens, True)
+    first = attend_codes(kernels, codec, case, case.seq_lens, True)
     used = torch.zeros_like(case.kv_cache, dtype=torch.bool)
     for row, length in enumerate([21, 34]):
         for token in range(length):
@@ -148,7 +141,7 @@ def test_nothing_depends_on_bytes_that_no_token_owns():
                 used[block, at : at + plane.bytes_per_token] = True
     case.kv_cache[~used] = torch.randint(0, 256, (int((~used).sum()),)).to(torch.uint8)
     case.block_table[case.block_table < 0] = 1 << 30
-    second = run(kernels, codec, case, case.seq_lens, True)
+    second = attend_codes(kernels, codec, case, case.seq_lens, True)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 
@@ -157,12 +150,12 @@ def test_more_splits_than_context_and_a_batch_sized_for_longer_requests():
     """A captured graph is sized for the longest requests: shorter ones must come out alike."""
     codec = random_codec(1, 1, 32)
     case = paged_batch(codec, 2, [5, 40], [1, 1], 16)
-    found = run(kernels, codec, case, case.seq_lens, True)
+    found = attend_codes(kernels, codec, case, case.seq_lens, True)
     wide = QueryBatch.build(
         case.batch.host_starts, [1 << 17] * 2, case.batch.query_start_loc.device
     )
     case.batch = wide
-    larger = run(kernels, codec, case, case.seq_lens, True)
-    assert_close(found, run(reference, codec, case, case.seq_lens, True))
+    larger = attend_codes(kernels, codec, case, case.seq_lens, True)
+    assert_close(found, attend_codes(reference, codec, case, case.seq_lens, True))
     for a, b in zip(found, larger, strict=True):
         assert (a - b).abs().max().item() < TOLERANCE

@@ -1,0 +1,69 @@
+"""Packs of codecs that no calibration made: for benchmarks and tests."""
+
+from collections.abc import Sequence
+
+from vllm_attentionpack.codec.codec import LayerCodec
+from vllm_attentionpack.codec.layout import KINDS
+from vllm_attentionpack.packfile.schema import (
+    FORMAT_VERSION,
+    Fingerprint,
+    GroupHeader,
+    LayerHeader,
+    LayerPack,
+    Pack,
+    PackHeader,
+    PlaneHeader,
+    Provenance,
+)
+
+
+def uncalibrated_pack(
+    codecs: Sequence[LayerCodec],
+    fingerprint: Fingerprint,
+    layer_names: Sequence[str],
+    ratio: float,
+    max_context: int,
+) -> Pack:
+    """A pack from one codec per layer, with spectra of zeros and a provenance that says nothing.
+
+    Args:
+        codecs: in the order of `layer_names`; alike in heads per group and modalities.
+        fingerprint: of the model that the pack shall fit.
+        layer_names: vLLM's names of the attention layers.
+        ratio: stated as the compression that was asked for.
+        max_context: see `PackHeader`.
+    """
+    header = PackHeader(
+        format_version=FORMAT_VERSION,
+        fingerprint=fingerprint,
+        provenance=Provenance(
+            model="none",
+            data_sha256="0" * 64,
+            tokens=0,
+            visual_tokens=0,
+            seed=0,
+            vllm_version="none",
+            attentionpack_version="none",
+        ),
+        heads_per_group=codecs[0].layout.heads_per_group,
+        num_modalities=codecs[0].num_modalities,
+        ratio=ratio,
+        max_context=max_context,
+        layers=tuple(
+            LayerHeader(
+                name=name,
+                bytes_per_token=codec.layout.bytes_per_token,
+                groups=tuple(
+                    GroupHeader(key=PlaneHeader.of(group.key), value=PlaneHeader.of(group.value))
+                    for group in codec.layout.groups
+                ),
+            )
+            for name, codec in zip(layer_names, codecs, strict=True)
+        ),
+    )
+    layers = []
+    for codec in codecs:
+        bases = [{kind: getattr(group, kind).basis for kind in KINDS} for group in codec.groups]
+        spectra = [{kind: group[kind].mean * 0 for kind in KINDS} for group in bases]
+        layers.append(LayerPack(bases, spectra))
+    return Pack(header, layers)
