@@ -22,7 +22,9 @@ def test_speculative_decoding(engines, calibrated, dense, greedy, monkeypatch):
     engines.close()
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    prompts = dense.prompts[::3]
+    # Text that says the same again and again is what a lookup finds drafts in.
+    repeating = ["A work may be copied and a copy may be changed. " * 5, "one two three four " * 9]
+    prompts = [*dense.prompts[::3], *repeating]
     outputs = []
     for speculative in (None, LOOKUP):
         llm = LLM(

@@ -31,6 +31,7 @@ class Inspection:
             "content": {
                 name: layer.impl.codec.layout.content_bytes_per_token
                 for name, layer in cached.items()
+                if hasattr(layer, "impl")  # an exact cache has none
             },
         }
 
