@@ -88,7 +88,7 @@ def test_the_installed_command_needs_no_engine():
 def test_inspect_shows_what_the_pack_holds(pack):
     lines = [line.split() for line in run("inspect", pack).splitlines()]
     text = [" ".join(line) for line in lines]
-    assert "model test (TestForCausalLM)" in text
+    assert "model none (TestForCausalLM)" in text
     assert "heads 4 query, 2 KV heads x 16, 2 KV heads per group" in text
     assert "compression 4.92x (asked for 1x): 52 of 256 bytes per token" in text
     assert "modalities text and visual" in text
