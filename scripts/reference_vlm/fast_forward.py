@@ -21,8 +21,18 @@ def _layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
 
 
 class FastForward:
-    def __init__(self, model: nn.Module):
+    """
+    Args:
+        silent_heads: share of rows in which every KV head of every layer is silent with probability
+            one half (DropHead, Zhou et al. 2020, without its rescaling): other heads must learn
+            what it does.
+        seed: of that draw.
+    """
+
+    def __init__(self, model: nn.Module, silent_heads: float = 0.0, seed: int = 0):
         self.model = model
+        self.silent_heads = silent_heads
+        self.generator = torch.Generator().manual_seed(seed)
         self.text, self.visual = model.model.language_model, model.model.visual
         config = model.config.text_config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -68,15 +78,24 @@ class FastForward:
 
         def repeat(x: Tensor) -> Tensor:
             group = self.heads // self.kv_heads
-            shape = (B, self.kv_heads, group, T, self.head_dim)
-            return x[:, :, None].expand(shape).reshape(B, self.heads, T, self.head_dim)
+            shape = (B, self.kv_heads, group, x.shape[2], self.head_dim)
+            return x[:, :, None].expand(shape).reshape(B, self.heads, -1, self.head_dim)
 
         q = split(attention.q_proj(h), self.heads)
         k = split(attention.k_proj(h), self.kv_heads)
         v = split(attention.v_proj(h), self.kv_heads)
         q, k = q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
         out = F.scaled_dot_product_attention(q, repeat(k), repeat(v).to(q.dtype), is_causal=True)
+        if self.silent_heads:
+            out = out * repeat(self._heard(B).to(out))
         return attention.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+    def _heard(self, rows: int) -> Tensor:
+        """1 or 0 [rows, KV heads, 1, head_dim]: whether a head is heard in a row."""
+        chosen = torch.rand(rows, 1, generator=self.generator) < self.silent_heads
+        silent = torch.rand(rows, self.kv_heads, generator=self.generator) < 0.5
+        heard = ~(chosen & silent)
+        return heard[:, :, None, None].expand(-1, -1, 1, self.head_dim)
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos, sin [B, 1, T, head_dim]; section i of the frequencies takes position axis i."""

@@ -22,7 +22,7 @@ def build_model(options: Options, tokenizer) -> nn.Module:
     torch.manual_seed(options.seed)
     model = Qwen2VLForConditionalGeneration(_config(options, tokenizer)).float()
     _init_weights(model, options)
-    positional_init(model, options.positional_score)
+    positional_init(model, options.positional_score, options.positional_spread)
     if options.widen:
         widen(model, options.widen, options.seed)
     return model
@@ -88,8 +88,10 @@ def _init_weights(model: nn.Module, options: Options) -> None:
         nn.init.normal_(weight, std=std)
 
 
-def positional_init(model: nn.Module, score: float) -> None:
+def positional_init(model: nn.Module, score: float, spread: bool = False) -> None:
     """Start layer-0 heads 0, 1, 2 as heads that attend 1, 2, 3 positions back.
+
+    With `spread`, the first query head of every further KV head too, at 1, 2, 3 positions in turn.
 
     With q/k biases on the temporal M-RoPE frequencies theta_i, the score at distance delta is
     proportional to sum_i cos(theta_i (delta - back)), and `score` at its largest.  Retrieval heads
@@ -102,10 +104,12 @@ def positional_init(model: nn.Module, score: float) -> None:
     frequency = model.model.language_model.rotary_emb.inv_freq[:n].float()
     frequency = frequency.to(attention.q_proj.bias.device)
     amplitude = math.sqrt(score * 8 / n * dim / 64)
-    heads = min(3, model.config.text_config.num_attention_heads)
+    heads = list(range(min(3, model.config.text_config.num_attention_heads)))
+    if spread:
+        heads += range(-(-len(heads) // group) * group, attention.q_proj.out_features // dim, group)
     with torch.no_grad():
-        for head in range(heads):
-            back = head + 1
+        for i, head in enumerate(heads):
+            back = i % 3 + 1
             q_rows = slice(head * dim, (head + 1) * dim)
             k_rows = slice(head // group * dim, (head // group + 1) * dim)
             q, k = attention.q_proj.bias[q_rows].zero_(), attention.k_proj.bias[k_rows].zero_()
@@ -113,7 +117,7 @@ def positional_init(model: nn.Module, score: float) -> None:
             q[dim // 2 : dim // 2 + n] = amplitude * torch.sin(-frequency * back)
             k[:n] = amplitude
             attention.q_proj.weight[q_rows] *= 0.3
-        for kv_head in {head // group for head in range(heads)}:
+        for kv_head in {head // group for head in heads}:
             attention.k_proj.weight[kv_head * dim : (kv_head + 1) * dim] *= 0.4
 
 

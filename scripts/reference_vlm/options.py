@@ -44,6 +44,12 @@ class Options:
     positional_score: float = _option(
         24.0, "start of the positional heads: score at their distance; 32 is as sharp at theta 1e6"
     )
+    positional_spread: bool = _option(
+        False, "a positional query head for every KV head of layer 0, not only for the first ones"
+    )
+    silent_heads: float = _option(
+        0.0, "share of samples in which half of the KV heads of every layer are silent (DropHead)"
+    )
     inter: int = _option(640, "MLP width of the text layers")
     vis_dim: int = _option(96, "vision width, a multiple of 32")
     vis_depth: int = _option(2, "vision blocks")
@@ -62,6 +68,8 @@ class Options:
             raise ValueError(f"context {self.context} is not 0 and not within 513..{MAX_POSITIONS}")
         if len(self.tokens) != 3:
             raise ValueError(f"tokens has {len(self.tokens)} numbers, expected 3")
+        if not 0 <= self.silent_heads <= 1:
+            raise ValueError(f"silent-heads is {self.silent_heads}, a share is within 0..1")
         if odd := [size for size in self.sizes if size < 56 or size % 28]:
             raise ValueError(f"sizes {odd} are not multiples of 28 px from 56 px on")
 

@@ -31,7 +31,7 @@ class Trainer:
         self.options = options
         self.tokenizer = build_tokenizer()
         self.model = build_model(options, self.tokenizer).to(options.device)
-        self.forward = FastForward(self.model)
+        self.forward = FastForward(self.model, options.silent_heads, options.seed)
         batcher = Batcher(self.tokenizer, options.device)
         self.sampler = Sampler(batcher, options.device, options.seed, load_corpus())
         self.mix = TaskMix(options, self.sampler)
