@@ -5,17 +5,13 @@ Rows are grouped by the question that they answer; `base` is what `attentionpack
 default at 8x with all KV heads joint. See `measure_codecs` for how it is measured.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from calibration_study import questions
+from calibration_study.options import started, subject_parser
 from calibration_study.questions import Study
-from calibration_study.setting import Setting, store
-
-ROOT = Path(__file__).resolve().parents[1]
-EXAMPLE = ROOT / "examples" / "reference-vlm"
+from calibration_study.setting import store
 
 QUESTIONS: dict[str, Callable[[Study], None]] = {
     "groups": questions.groups,
@@ -34,24 +30,11 @@ QUESTIONS: dict[str, Callable[[Study], None]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--name", default="reference_vlm", help="of the result file")
-    parser.add_argument("--model", type=Path, default=EXAMPLE / "model")
-    parser.add_argument("--data", type=Path, default=EXAMPLE / "calibrate.jsonl")
-    parser.add_argument("--heldout", type=Path, default=EXAMPLE / "heldout.jsonl")
-    parser.add_argument("--heldout-tokens", type=int, help="use whole items up to so many")
-    parser.add_argument("--calibration-tokens", type=int, help="stop gathering after so many")
-    parser.add_argument("--sensitivity-tokens", type=int, default=8192)
-    parser.add_argument("--max-model-len", type=int, default=2048)
-    parser.add_argument("--max-context", type=int, default=512)
+    parser = subject_parser(__doc__)
     parser.add_argument("--ratio", type=float, default=8.0)
     parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     options = parser.parse_args()
-    with Setting.start(
-        options.model, options.data, options.max_model_len, options.calibration_tokens
-    ) as setting:
-        setting.sensitivity_tokens = options.sensitivity_tokens
+    with started(options) as setting:
         table = setting.table(setting.items(options.heldout), options.heldout_tokens)
         study = Study(setting, table, options.ratio, options.max_context)
         study.add("base", "base", study.base_codec)

@@ -8,34 +8,22 @@ dense cache of a bfloat16 model rounds. `--draw` draws held-out items of the ref
 three times as many as the repository holds, by a seed that neither calibration nor training knows.
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
 
-from calibration_study.setting import Setting, drawn_items, store
+from calibration_study.options import started, subject_parser
+from calibration_study.setting import drawn_items, store
 
 from vllm_attentionpack.evaluate.baselines.catalogue import baselines
 from vllm_attentionpack.evaluate.simulate.capture import capture
 from vllm_attentionpack.evaluate.simulate.codec import ExactTokens, PackCodec
 from vllm_attentionpack.evaluate.simulate.measure import Simulator
 
-ROOT = Path(__file__).resolve().parents[1]
-EXAMPLE = ROOT / "examples" / "reference-vlm"
-
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--name", default="reference_vlm", help="of the result file")
-    parser.add_argument("--model", type=Path, default=EXAMPLE / "model")
-    parser.add_argument("--data", type=Path, default=EXAMPLE / "calibrate.jsonl")
-    parser.add_argument("--heldout", type=Path, default=EXAMPLE / "heldout.jsonl")
+    parser = subject_parser(__doc__)
     parser.add_argument("--draw", action="store_true", help="instead of --heldout")
-    parser.add_argument("--heldout-tokens", type=int, help="use whole items up to so many")
-    parser.add_argument("--calibration-tokens", type=int, help="stop gathering after so many")
-    parser.add_argument("--sensitivity-tokens", type=int, default=8192)
-    parser.add_argument("--max-model-len", type=int, default=2048)
-    parser.add_argument("--max-context", type=int, default=512)
     parser.add_argument("--group-sizes", type=int, nargs="+", help="[default: all]")
     parser.add_argument("--baselines", nargs="+", help="only those with one of these in the name")
     parser.add_argument("--captured-tokens", type=int, default=16_384, help="for OSCAR's rotations")
@@ -43,16 +31,12 @@ def main() -> int:
     parser.add_argument("--exact-ratios", type=float, nargs="+", default=[8, 10, 12, 16])
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--recent", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     options = parser.parse_args()
     exact = f"{options.sinks} + {options.recent} exact"
     with (
         tempfile.TemporaryDirectory() as folder,
-        Setting.start(
-            options.model, options.data, options.max_model_len, options.calibration_tokens
-        ) as setting,
+        started(options) as setting,
     ):
-        setting.sensitivity_tokens = options.sensitivity_tokens
         items = drawn_items(Path(folder)) if options.draw else setting.items(options.heldout)
         table = setting.table(items, options.heldout_tokens)
         captured = capture(

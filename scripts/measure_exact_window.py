@@ -6,41 +6,25 @@ read from its codes. All layers have pages of one size, as a server with exact t
 Capacity is that of a bfloat16 model on pages of the default geometry.
 """
 
-import argparse
 import sys
 from itertools import product
-from pathlib import Path
 
-from calibration_study.setting import Setting, store
+from calibration_study.options import started, subject_parser
+from calibration_study.setting import store
 
 from vllm_attentionpack.evaluate.simulate.codec import CacheShape, ExactTokens, PackCodec
 from vllm_attentionpack.kv_cache.pages import page_geometry
 
-ROOT = Path(__file__).resolve().parents[1]
-EXAMPLE = ROOT / "examples" / "reference-vlm"
 CONTEXTS = (2048, 32768)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--name", default="reference_vlm", help="of the result file")
-    parser.add_argument("--model", type=Path, default=EXAMPLE / "model")
-    parser.add_argument("--data", type=Path, default=EXAMPLE / "calibrate.jsonl")
-    parser.add_argument("--heldout", type=Path, default=EXAMPLE / "heldout.jsonl")
-    parser.add_argument("--heldout-tokens", type=int, help="use whole items up to so many")
-    parser.add_argument("--calibration-tokens", type=int, help="stop gathering after so many")
-    parser.add_argument("--sensitivity-tokens", type=int, default=8192)
-    parser.add_argument("--max-model-len", type=int, default=2048)
-    parser.add_argument("--max-context", type=int, default=512)
+    parser = subject_parser(__doc__)
     parser.add_argument("--ratios", type=float, nargs="+", default=[4, 8, 12, 16])
     parser.add_argument("--windows", type=int, nargs="+", default=[0, 16, 32, 64, 128])
     parser.add_argument("--sinks", type=int, nargs="+", default=[0, 1, 4, 16])
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     options = parser.parse_args()
-    with Setting.start(
-        options.model, options.data, options.max_model_len, options.calibration_tokens
-    ) as setting:
-        setting.sensitivity_tokens = options.sensitivity_tokens
+    with started(options) as setting:
         table = setting.table(setting.items(options.heldout), options.heldout_tokens)
         fitted = setting.fitted(max(setting.group_sizes), options.max_context)
         for ratio in options.ratios:

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from vllm_attentionpack.evaluate.compare import Comparison
 from vllm_attentionpack.evaluate.run import Evaluation
 from vllm_attentionpack.report.evaluation import evaluation_table
 from vllm_attentionpack.report.machine import describe_machine
-from vllm_attentionpack.report.readme import with_figures
+from vllm_attentionpack.report.markdown import with_figures
 
 ROOT = Path(__file__).parents[2]
 ROW = Comparison(
@@ -41,10 +42,11 @@ def test_evaluation_table_shows_every_figure_in_a_narrow_terminal():
     assert "text" in shown and "kind=" not in shown
 
 
-def test_readme_figures_are_those_of_the_result_files():
-    readme = (ROOT / "README.md").read_text()
-    assert "<!-- figures: reference_vlm_packs -->" in readme
-    assert with_figures(readme, ROOT / "docs" / "results") == readme
+@pytest.mark.parametrize("name", ["README.md", "docs/quality.md"])
+def test_figures_of_documents_are_those_of_the_result_files(name):
+    text = (ROOT / name).read_text()
+    assert "<!-- figures: reference_vlm_packs" in text
+    assert with_figures(text, ROOT / "docs" / "results") == text
 
 
 def test_machine_is_described():

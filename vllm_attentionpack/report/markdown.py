@@ -1,38 +1,52 @@
-"""The figures of the README, made from the result files so that they cannot go stale by hand."""
+"""The figures of documents, made from the result files so that they cannot go stale by hand."""
 
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+from vllm_attentionpack.calibrate.settings import DEFAULT_SINKS, DEFAULT_WINDOW
 from vllm_attentionpack.report.goals import breaking_ratios, goals
 
 
 def with_figures(text: str, results: Path) -> str:
     """`text` with what stands between `<!-- figures: NAME -->` and `<!-- end -->` made anew.
 
+    NAME is a result file, SUBJECT_TABLE; `NAME default` shows its rows with default exact tokens.
+
     Raises:
         KeyError: a name that no table is known for.
     """
 
     def replace(match: "re.Match[str]") -> str:
-        name = match.group(1)
+        name, short = match.group(1), match.group(2)
         result = json.loads((results / f"{name}.json").read_text())
-        return f"<!-- figures: {name} -->\n{_TABLES[name](result)}\n<!-- end -->"
+        if short:
+            result["rows"] = [row for row in result["rows"] if _exact(row) == _DEFAULT_EXACT]
+        table = _TABLES[name.rpartition("_")[2]](result)
+        return f"<!-- figures: {name}{short or ''} -->\n{table}\n<!-- end -->"
 
-    return re.sub(r"<!-- figures: (\w+) -->.*?<!-- end -->", replace, text, flags=re.DOTALL)
+    marks = r"<!-- figures: (\w+)( default)? -->.*?<!-- end -->"
+    return re.sub(marks, replace, text, flags=re.DOTALL)
+
+
+def _exact(row: dict[str, Any]) -> tuple[int, int]:
+    return row["sinks"], row["window"]
 
 
 def _packs(result: dict[str, Any]) -> str:
     """One row per pack: size, capacity, and quality on image questions, recall and text."""
+    first = result["rows"][0]
+    kinds = [kind for kind in _SHOWN_KINDS if kind in first["groups"]]
+    answered = [kind for kind in kinds if first["groups"][kind]["accuracy"] is not None]
+    names, asked = (
+        " / ".join(kind.partition("=")[2] for kind in chosen) for chosen in (kinds, answered)
+    )
     lines = [
-        "| ratio | KV heads per group | bytes per token | tokens of KV cache in 1 GiB | "
-        "KL image / recall / text | accuracy image / recall |",
+        "| ratio | exact: first + last | bytes per token | tokens of KV cache in 1 GiB | "
+        f"KL {names} | accuracy {asked} |",
         "|---|---|---|---|---|---|",
     ]
-    first = result["rows"][0]
-    kinds = ("modality=visual", "kind=recall", "kind=text")
-    answered = kinds[:2]
     lines.append(
         f"| dense bf16 | - | {first['bytes_per_token']['dense']:,} | "
         f"{first['kv_tokens']['dense']:,} | - | "
@@ -42,8 +56,8 @@ def _packs(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         groups = row["groups"]
         lines.append(
-            f"| {row['ratio']:.2f}x | {row['group_size']} | {row['bytes_per_token']['packed']:,} | "
-            f"{row['kv_tokens']['packed']:,} | "
+            f"| {row['ratio']:.2f}x | {row['sinks']} + {row['window']} | "
+            f"{row['bytes_per_token']['packed']:,} | {row['kv_tokens']['packed']:,} | "
             + " / ".join(f"{groups[k]['kl']:.4f}" for k in kinds)
             + " | "
             + " / ".join(f"{groups[k]['accuracy']:.1%}" for k in answered)
@@ -53,8 +67,8 @@ def _packs(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"vLLM {machine['vllm']}, torch {machine['torch']}, bf16, {machine['cpu']}; "
-        f"{first['overall']['n']} held-out items. KL in nats per token, teacher-forced; every "
-        "token, prompts included, attends to codes.",
+        f"{first['overall']['n']} held-out items. KL in nats per token, teacher-forced; answers "
+        "generated. Every token, prompts included, attends to codes but for the exact tokens.",
     ]
     return "\n".join(lines)
 
@@ -116,7 +130,7 @@ def _window(result: dict[str, Any]) -> str:
         "requests that fit, to dense: 2k / 32k tokens |",
         "|---|---|---|---|---|",
     ]
-    rows = [r for r in result["rows"] if (r["sinks"], r["window"]) in _SHOWN_WINDOWS]
+    rows = [row for row in result["rows"] if _exact(row) in _SHOWN_EXACT]
     for row in sorted(rows, key=lambda row: float(row["family"].rstrip("x"))):
         lines.append(
             f"| {row['family']} | {row['sinks']} + {row['window']} | "
@@ -136,12 +150,9 @@ def _window(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-#: Sinks and windows that the README shows; the result file holds the whole grid.
-_SHOWN_WINDOWS = ((0, 0), (4, 32), (4, 64))
+_DEFAULT_EXACT = (DEFAULT_SINKS, DEFAULT_WINDOW)
+#: Sinks and windows that documents show; the result file holds the whole grid.
+_SHOWN_EXACT = ((0, 0), _DEFAULT_EXACT, (4, 64))
+_SHOWN_KINDS = ("modality=visual", "kind=passage", "kind=recall", "kind=text")
 
-_TABLES = {
-    "reference_vlm_window": _window,
-    "reference_vlm_packs": _packs,
-    "reference_vlm_codecs": _codecs,
-    "wide_vlm_codecs": _codecs,
-}
+_TABLES = {"window": _window, "packs": _packs, "codecs": _codecs}

@@ -1,0 +1,36 @@
+"""What the measuring scripts ask for alike: the subject, its data, and how much of it."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from calibration_study.setting import EXAMPLE, SENSITIVITY_TOKENS, Setting
+
+RESULTS = EXAMPLE.parents[1] / "docs" / "results"
+
+
+def subject_parser(description: str | None) -> argparse.ArgumentParser:
+    """Without further arguments, the reference VLM."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--name", default="reference_vlm", help="of the result file")
+    parser.add_argument("--model", type=Path, default=EXAMPLE / "model")
+    parser.add_argument("--data", type=Path, default=EXAMPLE / "calibrate.jsonl")
+    parser.add_argument("--heldout", type=Path, default=EXAMPLE / "heldout.jsonl")
+    parser.add_argument("--heldout-tokens", type=int, help="use whole items up to so many")
+    parser.add_argument("--calibration-tokens", type=int, help="stop gathering after so many")
+    parser.add_argument("--sensitivity-tokens", type=int, default=SENSITIVITY_TOKENS)
+    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--max-context", type=int, default=512)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser
+
+
+@contextmanager
+def started(options: argparse.Namespace) -> Iterator[Setting]:
+    """The running engine on what `subject_parser` read."""
+    with Setting.start(
+        options.model, options.data, options.max_model_len, options.calibration_tokens
+    ) as setting:
+        setting.sensitivity_tokens = options.sensitivity_tokens
+        yield setting
