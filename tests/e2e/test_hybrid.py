@@ -122,7 +122,7 @@ def test_compaction_makes_room(engines, model, dense, packs):
     # The sliding window's blocks are as many as ever.
     assert engine.cache_config.kv_cache_size_tokens > 1.5 * capacity
     (line,) = (text for text in engine.messages if "compacted KV cache" in text)
-    assert "pages shared with dense layers" in line and f"blocks of {7 * BLOCK})" in line
+    assert "blocks shared with dense layers" in line and f"blocks of {7 * BLOCK})" in line
 
 
 def test_compacted_blocks_of_more_tokens(engines, model, dense, packs, prompts):

@@ -10,7 +10,6 @@ import pytest
 from vllm_attentionpack.calibrate import assemble as assembling
 from vllm_attentionpack.calibrate.assemble import Budget
 from vllm_attentionpack.calibrate.run import calibrate
-from vllm_attentionpack.codec.allocate import MAX_PAGE_SIZE_CLASSES
 from vllm_attentionpack.packfile import Pack, PackHeader
 
 
@@ -38,8 +37,7 @@ def calibrate_at(model: str, data: Any, wanted: Sequence[Wanted], **options: Any
         packs = [calibrate(model, data, **asdict(wanted[0]), **options)]
     assembler, arguments = made[-1]
     for other in wanted[1:]:
-        sizes = 1 if other.sinks or other.window else MAX_PAGE_SIZE_CLASSES
-        changed = {**arguments, "ratio": other.ratio, "max_page_sizes": sizes}
+        changed = {**arguments, "ratio": other.ratio}
         del changed["self"]
         assembled = assembler.at(**changed)
         header = packs[0].header.model_copy(update={**asdict(other), "layers": assembled.headers})

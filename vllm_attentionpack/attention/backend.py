@@ -10,7 +10,6 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from vllm_attentionpack.attention.impl import AttentionPackImpl
 from vllm_attentionpack.attention.metadata import AttentionPackMetadataBuilder
-from vllm_attentionpack.attention.state import shares_pool
 from vllm_attentionpack.codec.layout import BLOCK_SIZE_MULTIPLE
 from vllm_attentionpack.errors import PackMismatchError
 from vllm_attentionpack.kv_cache.spec import compacted_spec, shared_pool_spec
@@ -48,7 +47,7 @@ class AttentionPackBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        return (KVCacheLayout.LBHNC,)
+        return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
 
     @classmethod
     def customize_layer_spec(
@@ -60,7 +59,8 @@ class AttentionPackBackend(AttentionBackend):
             PackMismatchError: the layer is not in the pack or has other heads.
         """
         impl = layer.impl
-        codec = impl.state.codec(layer.layer_name)
+        state = impl.state
+        codec = state.codec(layer.layer_name)
         found = (layer.num_kv_heads, layer.head_size, layer.head_size_v)
         expected = (codec.layout.num_kv_heads, codec.layout.head_size, codec.layout.head_size)
         if found != expected:
@@ -69,8 +69,8 @@ class AttentionPackBackend(AttentionBackend):
                 f"on this rank, the pack was made for {expected}. Calibrate this model again."
             )
         impl.codec = codec
-        if impl.state.has_exact_cache:
-            return compacted_spec(spec, codec.layout, impl.state.pages(spec, vllm_config))
-        if shares_pool(vllm_config):
-            return shared_pool_spec(spec, impl.state.largest_bytes_per_token)
-        return compacted_spec(spec, codec.layout)
+        pages = state.pages(spec, vllm_config) if state.has_exact_cache else None
+        if state.shares_pool:
+            page_bytes = pages and pages.page_bytes
+            return shared_pool_spec(spec, state.largest_bytes_per_token, page_bytes)
+        return compacted_spec(spec, codec.layout, pages and pages.block_size)

@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionTy
 
 from vllm_attentionpack import ops
 from vllm_attentionpack.attention.metadata import AttentionPackMetadata
-from vllm_attentionpack.attention.state import SUFFIX, EngineState
+from vllm_attentionpack.attention.state import EngineState
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.compat import modality_mask
 from vllm_attentionpack.errors import UnsupportedModelError
@@ -86,10 +86,9 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
             kv_cache.shape[2],
         )
         if self.state.has_exact_cache:
-            name = layer.layer_name + SUFFIX
-            slots = get_forward_context().slot_mapping[name]
-            pages = self.state.exact_layers[name].pages()
-            ops.store_exact(key[:tokens], value[:tokens], pages, slots)
+            exact = self.state.exact_layers[layer.layer_name]
+            slots = get_forward_context().slot_mapping[exact.name]
+            ops.store_exact(key[:tokens], value[:tokens], exact.pages(layer.layer_name), slots)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         self.state.add_exact_layers()
@@ -207,9 +206,9 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
         """The layer's exact cache in this step; None without one."""
         if not self.state.has_exact_cache:
             return None
-        name = layer.layer_name + SUFFIX
-        metadata = get_forward_context().attn_metadata[name]
-        return _ExactCache(self.state.exact_layers[name].pages(), metadata.tokens)
+        exact = self.state.exact_layers[layer.layer_name]
+        metadata = get_forward_context().attn_metadata[exact.name]
+        return _ExactCache(exact.pages(layer.layer_name), metadata.tokens)
 
 
 @dataclass(frozen=True)

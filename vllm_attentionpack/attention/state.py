@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import AttentionSpec
@@ -26,15 +26,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.attentionpack")
 
-#: The name of a layer's exact cache is the layer's with this behind it.
-SUFFIX = ".exact"
+#: The name of an exact cache is that of its first owner with this behind it.
+_SUFFIX = ".exact"
 _ATTRIBUTE = "_attentionpack_state"
-
-
-def shares_pool(vllm_config: VllmConfig) -> bool:
-    """Whether blocks of compacted layers come from one pool with those of dense layers."""
-    layers = get_layers_from_vllm_config(vllm_config, Attention).values()
-    return any(layer.attn_backend.get_name() != BACKEND for layer in layers)
 
 
 def in_flight_tokens(vllm_config: VllmConfig) -> int:
@@ -49,7 +43,7 @@ class EngineState:
     Attributes:
         layers: vLLM's attention layers by name, for a model and its drafter.
         codecs: handed to layers so far, by layer name.
-        exact_layers: the companions of compacted layers, by their own names.
+        exact_layers: the companions of compacted layers, by the names of the latter.
         geometry: the pages, where there is an exact cache; None before the first layer asked.
     """
 
@@ -143,23 +137,40 @@ class EngineState:
         return self.config.keeps_exact(self.pack.header)
 
     def add_exact_layers(self) -> None:
-        """Gives each compacted layer of the loaded model its exact cache. Idempotent."""
+        """Gives the compacted layers of the loaded model their exact caches. Idempotent."""
         from vllm_attentionpack.attention.window import ExactWindowLayer
 
-        if not self.has_exact_cache:
+        if not self.has_exact_cache or self.exact_layers:
             return
-        for name, layer in list(self.layers.items()):
-            if isinstance(layer, Attention) and layer.attn_backend.get_name() == BACKEND:
-                if name + SUFFIX not in self.layers:
-                    self.layers[name + SUFFIX] = ExactWindowLayer(layer, self)
-                self.exact_layers[name + SUFFIX] = self.layers[name + SUFFIX]
+        owners = self.compacted_layers
+        together = [[name] for name in owners] if self.shares_pool else [list(owners)]
+        for names in together:
+            name = names[0] + _SUFFIX
+            exact = ExactWindowLayer(name, {owner: owners[owner] for owner in names}, self)
+            self.layers[name] = exact
+            self.exact_layers.update(dict.fromkeys(names, exact))
+
+    @property
+    def compacted_layers(self) -> dict[str, Attention]:
+        """This worker's, by name."""
+        return {
+            name: layer
+            for name, layer in self.layers.items()
+            if isinstance(layer, Attention) and layer.attn_backend.get_name() == BACKEND
+        }
+
+    @property
+    def shares_pool(self) -> bool:
+        """Whether blocks of compacted layers come from one pool with those of dense layers."""
+        attention = [layer for layer in self.layers.values() if isinstance(layer, Attention)]
+        return len(attention) > len(self.compacted_layers)
 
     def pages(self, spec: AttentionSpec, vllm_config: VllmConfig) -> PageGeometry:
-        """The pages of the two caches, chosen when the first layer asks with its dense `spec`."""
+        """The blocks of the two caches, chosen when the first layer asks with its dense `spec`."""
         if self.geometry is None:
             dense_bytes = spec.page_size_bytes // spec.block_size
-            stored = self.largest_bytes_per_token
-            if shares_pool(vllm_config):
+            if self.shares_pool:
+                stored = self.largest_bytes_per_token
                 compacted = shared_pool_spec(spec, stored)
                 self.geometry = PageGeometry(
                     compacted.block_size,
@@ -169,9 +180,11 @@ class EngineState:
                     dense_bytes,
                 )
             else:
+                names = self.compacted_layers
+                stored = sum(self.codec(name).layout.bytes_per_token for name in names)
                 cache = vllm_config.cache_config
                 chosen = spec.block_size if cache.user_specified_block_size else None
-                self.geometry = page_geometry(stored, dense_bytes, chosen)
+                self.geometry = page_geometry(stored, len(names) * dense_bytes, chosen)
         return self.geometry
 
     @property
@@ -198,13 +211,15 @@ class EngineState:
             )
         layouts = [codec.layout for codec in self.codecs.values()]
         dense = sum(layout.dense_bytes_per_token for layout in layouts)
-        stored = sum(layout.bytes_per_token for layout in layouts)
+        stored: float = sum(layout.bytes_per_token for layout in layouts)
         num_blocks = vllm_config.cache_config.num_gpu_blocks or 0
         room = f"{num_blocks * spec.block_size} tokens fit"
-        shared = shares_pool(vllm_config)
-        if shared or self.geometry is not None:
+        if self.shares_pool:
             stored = len(layouts) * spec.page_size_bytes / spec.block_size
-            room = "pages shared with dense layers" if shared else "pages shared with exact tokens"
+            room = "blocks shared with dense layers"
+        elif self.geometry is not None:
+            stored = self.geometry.page_bytes / self.geometry.block_size
+            room = "blocks shared with exact tokens"
         logger.info(
             "AttentionPack: %.2fx compacted KV cache, %d -> %d bytes per token, %s "
             "(%d blocks of %d)",

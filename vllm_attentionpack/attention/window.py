@@ -1,10 +1,11 @@
-"""The second cache of a compacted layer: exact sinks and recent tokens.
+"""The second cache of compacted layers: exact sinks and recent tokens.
 
-vLLM gives a cache to every attention layer of the model, so each compacted layer gets a companion
-that computes nothing and owns the exact cache. Its metadata holds what is the same for all layers:
-where the exact tokens of this step lie, and between them the range that is read from the codes.
+vLLM gives a cache to every attention layer of the model, so the compacted layers get a companion
+that computes nothing and owns their exact cache. Its metadata holds what is the same for all of
+them: where the exact tokens of this step lie, and between them the range that is read from codes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -99,22 +100,40 @@ class ExactWindowBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # Layers side by side in a block: only so may their bytes differ.
+        return (KVCacheLayout.BLHNC,)
+
+
+class SharedPoolExactWindowBackend(ExactWindowBackend):
+    """Beside dense layers, whose backends seldom know blocks of several layers."""
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         return (KVCacheLayout.LBHNC,)
 
 
 class ExactWindowLayer(AttentionLayerBase):
-    """Owns the exact cache of one compacted attention layer."""
+    """Owns the exact cache of compacted attention layers that share a block.
 
-    def __init__(self, owner: Attention, state: EngineState) -> None:
+    Args:
+        name: its own, in vLLM's terms.
+        owners: the compacted layers by name, alike in heads and dtype.
+        state: of the engine.
+    """
+
+    def __init__(self, name: str, owners: Mapping[str, Attention], state: EngineState) -> None:
+        first = next(iter(owners.values()))
+        self.name = name
+        self.owners = list(owners)
         self.state = state
-        self.num_heads = owner.num_heads
-        self.num_kv_heads = owner.num_kv_heads
-        self.head_size = owner.head_size
-        self.dtype = owner.kv_cache_torch_dtype
+        self.num_heads = first.num_heads
+        self.num_kv_heads = first.num_kv_heads
+        self.head_size = first.head_size
+        self.dtype = first.kv_cache_torch_dtype
         self.kv_cache = torch.tensor([])
 
     def get_attn_backend(self) -> type[AttentionBackend]:
-        return ExactWindowBackend
+        return SharedPoolExactWindowBackend if self.state.shares_pool else ExactWindowBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> ExactWindowSpec:
         state, geometry = self.state, self.state.geometry
@@ -126,12 +145,13 @@ class ExactWindowLayer(AttentionLayerBase):
             dtype=self.dtype,
             num_head_slots=1,
             state_content_bytes=geometry.exact_bytes_per_token,
-            page_size_padded=geometry.page_bytes,
+            page_size_padded=geometry.page_bytes if state.shares_pool else None,
             sinks=state.sinks,
             window=state.window,
             margin=in_flight_tokens(vllm_config),
         )
 
-    def pages(self) -> Tensor:
-        """The cache as `[num_blocks, S, 2, Hk, D]`."""
-        return self.kv_cache[:, 0].unflatten(-1, (2, self.num_kv_heads, self.head_size))
+    def pages(self, owner: str) -> Tensor:
+        """One owner's part of the cache, `[num_blocks, S, 2, Hk, D]`."""
+        shape = (len(self.owners), 2, self.num_kv_heads, self.head_size)
+        return self.kv_cache[:, 0].unflatten(-1, shape)[:, :, self.owners.index(owner)]

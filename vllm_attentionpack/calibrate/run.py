@@ -14,7 +14,7 @@ from vllm_attentionpack.calibrate.engine import Progress, feed, statistics_engin
 from vllm_attentionpack.calibrate.settings import CalibrateSettings, make_settings
 from vllm_attentionpack.errors import CalibrationDataError
 from vllm_attentionpack.evaluate.data import Dataset, Item, read_dataset
-from vllm_attentionpack.evaluate.simulate.codec import CacheShape, PackCodec
+from vllm_attentionpack.evaluate.simulate.codec import CacheShape, ExactTokens, PackCodec
 from vllm_attentionpack.packfile import Pack, PackHeader, Provenance, save_pack
 from vllm_attentionpack.packfile.schema import FORMAT_VERSION, Fingerprint
 
@@ -76,6 +76,7 @@ def run_calibration(settings: CalibrateSettings) -> Pack:
 
 
 def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
+    from vllm_attentionpack.attention.fingerprint import fingerprint
     from vllm_attentionpack.calibrate.assemble import Assembler
     from vllm_attentionpack.calibrate.collector import Collector
     from vllm_attentionpack.calibrate.sensitivity import measure_sensitivity, predicted_kl
@@ -126,8 +127,9 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
         settings.regularization,
     )
 
-    # one size of pages for all layers: beside them stand those of the exact tokens
-    max_page_sizes = 1 if settings.sinks or settings.window else MAX_PAGE_SIZE_CLASSES
+    # vLLM gives layers that share a pool with dense ones pages of one size
+    mixed = found.num_layers < fingerprint(llm.model_config).num_layers
+    max_page_sizes = 1 if mixed else MAX_PAGE_SIZE_CLASSES
     sensitivity = None
     if settings.sensitivity == "measured":
         items = _drawn(fitted, settings.seed)
@@ -137,7 +139,11 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
             assembled = assembler.at(start, settings.layer_weights)
             sensitivity = measure_sensitivity(
                 simulator,
-                PackCodec(shape, assembled.codecs(simulator.device)),
+                PackCodec(
+                    shape,
+                    assembled.codecs(simulator.device),
+                    ExactTokens(settings.sinks, settings.window),
+                ),
                 assembler.distortion(assembled),
                 lambda fraction: progress(fraction, simulator.tokens),
             )

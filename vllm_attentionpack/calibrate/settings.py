@@ -42,8 +42,8 @@ class CalibrateSettings(BaseModel):
         sensitivity_tokens: at most this many, whole prompts.
         layer_weights: price of each layer's relative distortion; None prices all alike.
         sinks: tokens at the start of a request to keep exact, a recommendation to the server.
-        window: tokens at its end to keep exact, the newest included; likewise. With either, all
-            layers get pages of one size, which they share with the exact tokens.
+        window: tokens at its end to keep exact, the newest included; likewise. Sensitivities are
+            measured beside them.
         engine: further arguments of `vllm.LLM`.
     """
 

@@ -147,7 +147,7 @@ def allocate(
         layer_weights: per-layer price of distortion.
         bytes_per_token: budget of the whole model in bytes per token, scales and padding included.
         fixed_bytes: bytes per token of each layer that are not codes (scales).
-        max_page_sizes: 1 where an exact cache shares the pool, whose pages are all alike.
+        max_page_sizes: 1 where layers share a pool with dense ones, whose pages are all alike.
 
     Returns:
         For each layer the plane counts of its units and its bytes per token (of its class).

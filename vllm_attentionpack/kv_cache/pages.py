@@ -1,8 +1,9 @@
-"""How many tokens the blocks of a layer's two caches hold, so that their pages have equal bytes.
+"""How many tokens the blocks of the two caches hold, so that they have equal bytes.
 
-vLLM draws the blocks of all caches from one pool, so a page of the compacted cache and one of the
-exact cache must have the same size. Block sizes must divide each other, because prefix-cache hits
-land on multiples of all of them.
+vLLM draws the blocks of all caches from one pool, so a block of the compacted cache and one of the
+exact cache take the bytes of the larger. A block holds the tokens of all layers side by side, each
+with its own bytes; beside dense layers, which vLLM wants to have pages of one size, of one layer.
+Block sizes must divide each other, because prefix-cache hits land on multiples of all of them.
 """
 
 from dataclasses import dataclass
@@ -24,9 +25,9 @@ class PageGeometry:
     Attributes:
         block_size: tokens of a compacted block, `S`.
         exact_block_size: tokens of an exact block; divides `S`.
-        page_bytes: of either, for one layer.
-        bytes_per_token: of the largest compacted layer.
-        exact_bytes_per_token: of one layer.
+        page_bytes: of either block.
+        bytes_per_token: of the compacted layers in a block.
+        exact_bytes_per_token: of the same layers in the model's dtype.
     """
 
     block_size: int
@@ -37,16 +38,16 @@ class PageGeometry:
 
     @property
     def padding(self) -> float:
-        """Share of a compacted page that is padding."""
+        """Share of a compacted block that is padding."""
         return 1 - self.block_size * self.bytes_per_token / self.page_bytes
 
     @property
     def exact_padding(self) -> float:
-        """Share of an exact page that is padding."""
+        """Share of an exact block that is padding."""
         return 1 - self.exact_block_size * self.exact_bytes_per_token / self.page_bytes
 
     def request_bytes(self, tokens: int, sinks: int, window: int, margin: int = 1) -> int:
-        """Bytes of one layer's pages that a request of `tokens` tokens takes at most."""
+        """Bytes of the blocks that a request of `tokens` tokens takes at most."""
         exact = exact_blocks(self.exact_block_size, sinks, window, margin)
         blocks = -(-tokens // self.block_size) + exact
         return blocks * self.page_bytes
@@ -72,14 +73,14 @@ def page_geometry(
     """Chooses block sizes with little padding.
 
     Args:
-        bytes_per_token: of a compacted layer; the largest, where they differ.
-        exact_bytes_per_token: of a layer in the model's dtype.
+        bytes_per_token: see `PageGeometry`.
+        exact_bytes_per_token: likewise.
         block_size: tokens of a compacted block, if that is given.
 
     Returns:
-        Among the geometries with at most `MAX_PADDING` in either page the one whose exact blocks
+        Among the geometries with at most `MAX_PADDING` in either block the one whose exact blocks
         are nearest to `PREFERRED_EXACT_TOKENS`; if there is none, the one with the least padding,
-        of compacted pages first, since these hold nearly everything.
+        of compacted blocks first, since these hold nearly everything.
     """
     sizes = (
         range(BLOCK_SIZE_MULTIPLE, MAX_BLOCK_SIZE + 1, BLOCK_SIZE_MULTIPLE)

@@ -113,9 +113,8 @@ def _exact_tokens(header: PackHeader) -> str:
 
 
 def pack_pages(header: PackHeader) -> PageGeometry:
-    """The pages that a server of a bfloat16 model takes for this pack by default."""
-    dense = header.dense_bytes_per_token // len(header.layers)
-    return page_geometry(max(layer.bytes_per_token for layer in header.layers), dense)
+    """The blocks that a server of a bfloat16 model takes for this pack by default."""
+    return page_geometry(header.bytes_per_token, header.dense_bytes_per_token)
 
 
 def _layer_table(facts: dict[str, Any]) -> Table:
