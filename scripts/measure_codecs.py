@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("--recent", type=int, default=64)
     options = parser.parse_args()
     exact = f"{options.sinks} + {options.recent} exact"
+    kept = ExactTokens(options.sinks, options.recent)
     with (
         tempfile.TemporaryDirectory() as folder,
         started(options) as setting,
@@ -51,17 +52,15 @@ def main() -> int:
         for group_size in options.group_sizes or setting.group_sizes:
             fitted = setting.fitted(group_size, options.max_context)
             joint = group_size == max(setting.group_sizes)
+            beside = setting.priced(fitted.assembler, exact=kept) if joint else fitted
             family = "ours" if joint else f"ours, {group_size} heads per group"
             for ratio in options.ratios if joint else (4.0, 8.0):
                 assembled = fitted.at(ratio)
                 codec = PackCodec(setting.shape, assembled.codecs(table.device))
                 table.add(family, f"{family} {ratio:g}x", codec, predicted=fitted.predicted)
                 if joint and ratio in options.exact_ratios:
-                    windowed = PackCodec(
-                        setting.shape,
-                        assembled.codecs(table.device),
-                        ExactTokens(options.sinks, options.recent),
-                    )
+                    codecs = beside.at(ratio).codecs(table.device)
+                    windowed = PackCodec(setting.shape, codecs, kept)
                     table.add(f"ours, {exact}", f"ours {ratio:g}x codes, {exact}", windowed)
     store(options.out / f"{options.name}_codecs.json", setting, table, vars(options))
     return 0

@@ -2,8 +2,8 @@
 """Measure what exact sinks and recent tokens buy: quality and capacity over a grid, as JSON.
 
 As `measure_codecs.py` measures: teacher forcing on held-out items, every token that is not exact
-read from its codes. All layers have pages of one size, as a server with exact tokens wants them.
-Capacity is that of a bfloat16 model on pages of the default geometry.
+read from its codes. Sensitivities are measured for each window, beside four sinks. Capacity is that
+of a bfloat16 model on blocks of the default geometry.
 """
 
 import sys
@@ -12,6 +12,7 @@ from itertools import product
 from calibration_study.options import started, subject_parser
 from calibration_study.setting import store
 
+from vllm_attentionpack.calibrate.settings import DEFAULT_SINKS
 from vllm_attentionpack.evaluate.simulate.codec import CacheShape, ExactTokens, PackCodec
 from vllm_attentionpack.kv_cache.pages import page_geometry
 
@@ -27,11 +28,15 @@ def main() -> int:
     with started(options) as setting:
         table = setting.table(setting.items(options.heldout), options.heldout_tokens)
         fitted = setting.fitted(max(setting.group_sizes), options.max_context)
-        for ratio in options.ratios:
-            assembled = fitted.assembler.at(ratio, sensitivity=fitted.sensitivity, max_page_sizes=1)
-            (size,) = {header.bytes_per_token for header in assembled.headers}
+        beside = {0: fitted}
+        for window in set(options.windows) - {0}:
+            exact = ExactTokens(DEFAULT_SINKS, window)
+            beside[window] = setting.priced(fitted.assembler, exact=exact)
+        for ratio, window in product(options.ratios, options.windows):
+            assembled = beside[window].at(ratio)
+            size = sum(header.bytes_per_token for header in assembled.headers)
             codecs = assembled.codecs(table.device)
-            for window, sinks in product(options.windows, options.sinks):
+            for sinks in options.sinks:
                 codec = PackCodec(setting.shape, codecs, ExactTokens(sinks, window))
                 name = f"{ratio:g}x codes, {sinks} + {window} exact"
                 table.add(
@@ -51,11 +56,10 @@ def main() -> int:
 
 def capacity(shape: CacheShape, size: int, sinks: int, window: int, context: int) -> float:
     """Requests of `context` tokens that fit where one of a dense cache does."""
-    dense = shape.dense_bytes // len(shape.layer_names)
     if window < 2 and not sinks:
-        return dense / size
-    pages = page_geometry(size, dense)
-    return context * dense / pages.request_bytes(context, sinks, window)
+        return shape.dense_bytes / size
+    pages = page_geometry(size, shape.dense_bytes)
+    return context * shape.dense_bytes / pages.request_bytes(context, sinks, window)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,11 @@ def main() -> int:
     parser.add_argument("--max-context", type=int, default=512)
     parser.add_argument("--ratios", type=float, nargs="+", default=[4, 8, 12, 16])
     parser.add_argument(
-        "--exact", nargs="+", default=["0+0", "4+32", "4+64"], help="sinks + window", type=_exact
+        "--exact",
+        nargs="+",
+        type=_exact,
+        default=[(0, 0), (4, 32), (4, 64)],
+        help="sinks and window, as 4+64",
     )
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     options = parser.parse_args()

@@ -22,6 +22,7 @@ from vllm_attentionpack.codec.layout import Kind
 from vllm_attentionpack.evaluate.data import Dataset, Item, read_dataset
 from vllm_attentionpack.evaluate.simulate.codec import (
     CacheShape,
+    ExactTokens,
     PackCodec,
     SimulatedCodec,
     TokenCodec,
@@ -231,10 +232,16 @@ class Setting:
         kinds = {item.extra.get("modality") for item in self.dataset.items}
         return 2 if {"visual", "text"} <= kinds else 1
 
-    def fitted(self, group_size: int, max_context: int, modalities: int | None = None) -> Fitted:
-        """As `attentionpack calibrate` would fit."""
+    def fitted(
+        self,
+        group_size: int,
+        max_context: int,
+        modalities: int | None = None,
+        exact: ExactTokens | None = None,
+    ) -> Fitted:
+        """As `attentionpack calibrate` would fit for a server that keeps `exact`."""
         statistics = self.statistics(group_size, max_context, modalities or self.modalities)
-        return self.priced(Assembler(statistics, group_size, REGULARIZATION))
+        return self.priced(Assembler(statistics, group_size, REGULARIZATION), exact=exact)
 
     @property
     def sensitivity_simulator(self) -> Simulator:
@@ -245,18 +252,27 @@ class Setting:
             self._sensitivity = Simulator(self.llm, self.shape, items, self.sensitivity_tokens)
         return self._sensitivity
 
-    def priced(self, assembler: Assembler, make: MakeCodec | None = None) -> Fitted:
+    def priced(
+        self,
+        assembler: Assembler,
+        make: MakeCodec | None = None,
+        exact: ExactTokens | None = None,
+    ) -> Fitted:
         """With sensitivities measured on calibration prompts, as `attentionpack calibrate` does."""
-        return self.priced_at(assembler, Fitted(assembler, None), make)
+        return self.priced_at(assembler, Fitted(assembler, None), make, exact)
 
     def priced_at(
-        self, assembler: Assembler, start: Fitted, make: MakeCodec | None = None
+        self,
+        assembler: Assembler,
+        start: Fitted,
+        make: MakeCodec | None = None,
+        exact: ExactTokens | None = None,
     ) -> Fitted:
         """The same, from the errors of the pack of `start`."""
         assembled = start.at(8.0)
         simulator = self.sensitivity_simulator
         codec = (
-            PackCodec(self.shape, assembled.codecs(simulator.device))
+            PackCodec(self.shape, assembled.codecs(simulator.device), exact)
             if make is None
             else make(assembled)
         )

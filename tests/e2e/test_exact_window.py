@@ -1,7 +1,6 @@
 """Exact sinks and recent tokens in a running engine, beside the compacted pages."""
 
 import pytest
-import torch
 
 from tests.support.engines import Engine, compacted
 from tests.support.outputs import agreement, token_ids
@@ -19,7 +18,7 @@ REQUESTS = 10
 
 @pytest.fixture
 def windowed(engines, calibrated) -> Engine:
-    """8x with the advised exact tokens; blocks of 16 tokens, exact ones of 2."""
+    """8x with the advised exact tokens; blocks of 16 tokens."""
     return engines.get(MODEL, block_size=BLOCK, dtype="float32", **compacted(calibrated.windowed))
 
 
@@ -77,6 +76,24 @@ def test_what_is_exact_helps(engines, calibrated, dense, greedy):
     assert noise[2 * DEFAULT_WINDOW] <= noise[0]
 
 
+def test_layers_lie_side_by_side_in_a_block(windowed, calibrated):
+    """Each with the bytes that its pack gives it, and next to no padding."""
+    layers = read_header(calibrated.windowed).layers
+    assert len({layer.bytes_per_token for layer in layers}) > 1
+    caches = windowed.kv_caches
+    for layer in layers:
+        assert caches[layer.name].shape[1:] == (1, BLOCK, layer.bytes_per_token)
+    (exact,) = caches.keys() - {layer.name for layer in layers}
+    strides = {name: c.stride(0) * c.element_size() for name, c in caches.items()}
+    (block_bytes,) = set(strides.values())
+    content = {
+        "codes": BLOCK * sum(layer.bytes_per_token for layer in layers),
+        "exact": caches[exact][0].numel() * caches[exact].element_size(),
+    }
+    assert max(content.values()) == block_bytes
+    assert min(content.values()) >= 0.97 * block_bytes
+
+
 def test_blocks_of_a_request(windowed, prompts, long_answer):
     """Sinks stay, the window moves on, the rest is free: at every step."""
     assert windowed.llm.reset_prefix_cache()
@@ -129,8 +146,9 @@ def test_whatever_the_scheduler_does(engines, calibrated, prompts, long_answer):
 def test_preempted_requests(engines, calibrated, dense, prompts, long_answer):
     """Two requests fit until they grow; one is then thrown out and computed again."""
     lengths = sorted((len(output.prompt_token_ids) for output in dense.outputs), reverse=True)
-    stored = read_header(calibrated.windowed).layers[0].bytes_per_token
-    pages = page_geometry(stored, 2 * 2 * 64 * torch.float32.itemsize, BLOCK)
+    header = read_header(calibrated.windowed)
+    dense_bytes = 2 * header.dense_bytes_per_token  # in float32
+    pages = page_geometry(header.bytes_per_token, dense_bytes, BLOCK)
     exact = exact_blocks(pages.exact_block_size, DEFAULT_SINKS, DEFAULT_WINDOW)
     engine = engines.get(
         MODEL,

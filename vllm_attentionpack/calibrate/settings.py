@@ -11,7 +11,7 @@ from vllm_attentionpack.errors import ConfigError
 
 #: Measured (docs/log.md): the least that brings most of what exact tokens bring.
 DEFAULT_SINKS = 4
-DEFAULT_WINDOW = 32
+DEFAULT_WINDOW = 64
 
 
 class CalibrateSettings(BaseModel):

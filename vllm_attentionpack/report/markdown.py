@@ -152,7 +152,7 @@ def _window(result: dict[str, Any]) -> str:
 
 _DEFAULT_EXACT = (DEFAULT_SINKS, DEFAULT_WINDOW)
 #: Sinks and windows that documents show; the result file holds the whole grid.
-_SHOWN_EXACT = ((0, 0), _DEFAULT_EXACT, (4, 64))
+_SHOWN_EXACT = ((0, 0), (4, 32), _DEFAULT_EXACT)
 _SHOWN_KINDS = ("modality=visual", "kind=passage", "kind=recall", "kind=text")
 
 _TABLES = {"window": _window, "packs": _packs, "codecs": _codecs}
