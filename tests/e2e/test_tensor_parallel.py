@@ -99,17 +99,13 @@ def test_pages_are_equal_on_both_ranks_and_half_as_large(runs):
     assert first["tokens"] == second["tokens"]
     assert first["allocated"] == second["allocated"] <= ARGUMENTS["kv_cache_memory_bytes"]
     layouts = runs.pack.header.layouts()
-    content = [
-        [shard_layout(layout, 2, rank).content_bytes_per_token for layout in layouts]
-        for rank in range(2)
-    ]
-    for i, (layer, layout) in enumerate(zip(runs.pack.header.layers, layouts, strict=True)):
+    for layer, layout in zip(runs.pack.header.layers, layouts, strict=True):
+        shards = [shard_layout(layout, 2, rank) for rank in range(2)]
         per_token = first["bytes"][layer.name] / first["tokens"][layer.name]
-        # Beside an exact window all layers have pages of one size: the largest shard's.
-        assert per_token == max(max(rank) for rank in content)
+        assert per_token == max(shard.content_bytes_per_token for shard in shards)
         assert per_token < layout.bytes_per_token
-        for rank, expected in zip(runs.two["caches"], content, strict=True):
-            assert rank["content"][layer.name] == expected[i]
+        for rank, shard in zip(runs.two["caches"], shards, strict=True):
+            assert rank["content"][layer.name] == shard.content_bytes_per_token
 
 
 def test_a_pack_that_codes_the_heads_of_both_ranks_jointly_is_refused(runs):
