@@ -20,12 +20,11 @@ def test_the_main_job_ends_in_one_json_line(tmp_path):
     result = json.loads(done.stdout.splitlines()[-1])
 
     assert list(result) == ["ratio", "bytes_per_token", "kv_tokens", "accuracy", "agreement", "kl"]
-    # 62 bytes per layer: with exact tokens all layers have pages of one size.
-    assert result["bytes_per_token"] == {"dense": 2048, "packed": 248}
-    assert result["ratio"] == pytest.approx(2048 / 248)
+    assert result["bytes_per_token"] == {"dense": 2048, "packed": 256}
+    assert result["ratio"] == 8
     capacity = result["kv_tokens"]
     # Exact tokens take their share of short requests.
-    assert 4.5 * capacity["dense"] < capacity["packed"] < 2048 / 248 * capacity["dense"]
+    assert 4.5 * capacity["dense"] < capacity["packed"] < 8 * capacity["dense"]
     # What a working codec reaches with room to spare; broken attention is at chance.
     assert result["accuracy"]["dense"] > 0.9
     assert result["accuracy"]["packed"] > result["accuracy"]["dense"] - 0.03

@@ -141,15 +141,33 @@ def test_nothing_cached():
     assert lse.isneginf().all() and not out.any()
 
 
+def test_steps_leave_their_tokens_where_a_graph_looks_for_them():
+    room = ExactTokens.empty(8, 4, 8, torch.device("cpu"))
+    addresses = set()
+    for contexts in ([70, 33, 3], [0, 16]):
+        case = paged_batch(random_codec(2, 1, 32), 4, contexts, [1] * len(contexts), 16)
+        _, table = exact_pages(case, 4, 8, {})
+        located = locate_exact(table, case.context_lens, BLOCK, 4, 8)
+        kept = located.kept_in(room)
+        for name in ("slots", "present", "starts", "stops"):
+            assert torch.equal(getattr(kept, name), getattr(located, name))
+        addresses.add(
+            (kept.slots.data_ptr(), kept.present.data_ptr(), kept.stops.data_ptr(), kept.sinks)
+        )
+    assert len(addresses) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_store_keeps_every_bit(dtype):
-    """Into padded pages, as vLLM may lay them out."""
-    storage = torch.zeros(5, BLOCK * 2 * 3 * 8 + 7, dtype=dtype)
-    pages = storage[:, : BLOCK * 2 * 3 * 8].unflatten(1, (BLOCK, 2, 3, 8))
+    """Into the pages of one of three layers that share padded blocks."""
+    storage = torch.zeros(5, BLOCK * 3 * 2 * 3 * 8 + 7, dtype=dtype)
+    layers = storage[:, : BLOCK * 3 * 2 * 3 * 8].unflatten(1, (BLOCK, 3, 2, 3, 8))
+    pages = layers[:, :, 1]
     key, value = torch.randn(2, 4, 3, 8).to(dtype)
     store_exact(key, value, pages, torch.tensor([9, -1, 2, 12]))
     assert torch.equal(pages[2, 1, 0], key[0]) and torch.equal(pages[2, 1, 1], value[0])
     assert torch.equal(pages[3, 0, 0], key[3]) and torch.equal(pages[3, 0, 1], value[3])
     written = pages.flatten(2).any(-1)
     assert written[1:].sum() == 2, "padding and null slots touch the null block only"
-    assert not storage[:, BLOCK * 2 * 3 * 8 :].any()
+    pages.zero_()
+    assert not storage.any()

@@ -65,15 +65,8 @@ class AttentionPackMetadataBuilder(AttentionMetadataBuilder[AttentionPackMetadat
     def get_cudagraph_support(
         cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec
     ) -> AttentionCGSupport:
-        """Batches of equal query length (decoding, drafts to verify), if the kernels are Triton's.
-
-        Not with an exact cache: its tokens are located by tensors made anew at every step.
-        """
-        state = EngineState.of(vllm_config)
-        capturable = state.ops_name == "triton" and not state.has_exact_cache
-        if capturable and state.config.exact_prefill:
-            return AttentionCGSupport.UNIFORM_BATCH
-        return AttentionCGSupport.NEVER
+        """See `EngineState.cudagraph_support`."""
+        return EngineState.of(vllm_config).cudagraph_support
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata

@@ -8,6 +8,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_attentionpack.attention.prefill import FreshAttention, select_prefill
@@ -135,6 +136,13 @@ class EngineState:
     @property
     def has_exact_cache(self) -> bool:
         return self.config.keeps_exact(self.pack.header)
+
+    @property
+    def cudagraph_support(self) -> AttentionCGSupport:
+        """Batches of equal query length (decoding, drafts to verify), if the ops are Triton's."""
+        if self.ops_name == "triton" and self.config.exact_prefill:
+            return AttentionCGSupport.UNIFORM_BATCH
+        return AttentionCGSupport.NEVER
 
     def add_exact_layers(self) -> None:
         """Gives the compacted layers of the loaded model their exact caches. Idempotent."""

@@ -16,6 +16,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
@@ -50,6 +51,15 @@ class ExactWindowMetadataBuilder(AttentionMetadataBuilder[ExactWindowMetadata]):
         self.spec = kv_cache_spec
         layers = get_layers_from_vllm_config(vllm_config, ExactWindowLayer, layer_names)
         self.exact_prefill = next(iter(layers.values())).state.config.exact_prefill
+        requests = vllm_config.scheduler_config.max_num_seqs + 1
+        self.room = ExactTokens.empty(requests, kv_cache_spec.sinks, kv_cache_spec.window, device)
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec
+    ) -> AttentionCGSupport:
+        """As of the compacted layers."""
+        return EngineState.of(vllm_config).cudagraph_support
 
     def build(
         self,
@@ -71,7 +81,7 @@ class ExactWindowMetadataBuilder(AttentionMetadataBuilder[ExactWindowMetadata]):
             # Queries of one step see different windows; those of a chunk find theirs in it.
             starts = common.query_start_loc
             tokens = tokens.without_window(starts[1:] - starts[:-1] > 1, context_lens)
-        return ExactWindowMetadata(tokens)
+        return ExactWindowMetadata(tokens.kept_in(self.room))
 
 
 class ExactWindowBackend(AttentionBackend):

@@ -33,6 +33,29 @@ class ExactTokens:
     stops: Tensor
     sinks: int
 
+    @classmethod
+    def empty(cls, requests: int, sinks: int, window: int, device: torch.device) -> "ExactTokens":
+        """Room for up to `requests` of them (see `kept_in`)."""
+        shape = (requests, sinks + max(window - 1, 0))
+        return cls(
+            torch.zeros(shape, dtype=torch.int64, device=device),
+            torch.zeros(shape, dtype=torch.bool, device=device),
+            torch.zeros(requests, dtype=torch.int64, device=device),
+            torch.zeros(requests, dtype=torch.int64, device=device),
+            sinks,
+        )
+
+    def kept_in(self, room: "ExactTokens") -> "ExactTokens":
+        """The same at addresses that do not change: a CUDA graph reads those of its capture."""
+        rows = len(self.slots)
+        return ExactTokens(
+            room.slots[:rows].copy_(self.slots),
+            room.present[:rows].copy_(self.present),
+            room.starts[:rows].copy_(self.starts),
+            room.stops[:rows].copy_(self.stops),
+            self.sinks,
+        )
+
     def without_window(self, of: Tensor, context_lens: Tensor) -> "ExactTokens":
         """The same, but for requests `of` (bool `[B]`) sinks only; `context_lens` int `[B]`."""
         sink = self.slots.new_zeros(self.slots.shape[1], dtype=torch.bool)
