@@ -1,82 +1,121 @@
-"""Compiles every GPU kernel variant ahead of time and writes docs/results/triton_compile.json.
+"""Compiles every GPU kernel variant ahead of time: docs/results/triton_compile.json and .md.
 
-    python scripts/compile_kernels.py [--capability 90] [--limit N]
+    python scripts/compile_kernels.py [--capability 90] [--kernel attend_kernel]
 
-No GPU is needed. Exits with an error if a variant breaks a rule that is checked: shared memory
-within the chip's, and tensor cores in every product.
+No GPU is needed. Results are written as they come, and variants whose source and compiler have not
+changed since are not compiled again. Exits with an error if a variant spills, wants more shared
+memory than the chip has, has a product without tensor cores, or cannot be compiled in time.
 """
 
 import argparse
 import json
+import multiprocessing
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import triton
 
 from vllm_attentionpack.bench.compile_table import (
     SHARED_LIMIT,
+    Compiled,
+    Launch,
     cases,
     compile_launch,
-    launches,
+    table,
+    variant_key,
     variants,
 )
 
-RESULT = Path(__file__).parent.parent / "docs" / "results" / "triton_compile.json"
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+INTRODUCTION = f"""# What the compiler made of the GPU kernels
+
+Written by `scripts/compile_kernels.py`, Triton {triton.__version__}. Per variant and architecture:
+registers per thread / bytes spilled per thread / KiB of shared memory, and the matrix instructions
+in the assembly: HMMA is `mma`, HGMMA `wgmma`, UTCHMMA `tcgen05`. The merge has no product. A layer
+is query heads / KV heads x head size, heads per group G, ratio, modalities M; S is the block size.
+
+"""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--capability", type=int, action="append", choices=sorted(SHARED_LIMIT))
-    parser.add_argument("--limit", type=int, help="only the first cases")
-    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
+    parser.add_argument("--kernel", action="append", help="only kernels of this name")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for one variant")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
-    wanted = cases()[: options.limit]
-    found = []
-    work = [
-        (index, number, capability)
-        for index, number in _numbered(wanted)
-        for capability in options.capability or sorted(SHARED_LIMIT)
-    ]
-    with ProcessPoolExecutor(options.jobs) as pool:
-        for row in pool.map(_compile, work):
-            found.append(row)
-            print(
-                f"| {row['kernel']} | {row['case']} | sm_{row['capability']} | {row['warps']} "
-                f"| {row['registers']} | {row['spill_bytes']} | {row['shared_bytes']} "
-                f"| {'yes' if row['tensor_cores'] else 'no'} | {row['instructions']} |",
-                flush=True,
-            )
-            RESULT.write_text(
-                json.dumps({"triton": triton.__version__, "variants": found}, indent=1) + "\n"
-            )
-    broken = [
-        row
-        for row in found
-        if row["shared_bytes"] > SHARED_LIMIT[row["capability"]]
-        or (row["kernel"] != "merge_kernel" and not row["tensor_cores"])
-    ]
-    print(f"{len(found)} variants, {len(broken)} break a rule")
-    return 1 if broken else 0
+
+    wanted = {
+        variant_key(launch, capability): (launch, capability, case.name)
+        for capability in sorted(SHARED_LIMIT)
+        for case, launch in variants(cases(), capability)
+    }
+    rows = {
+        key: replace(row, case=wanted[key][2])
+        for key, row in _read(options.out).items()
+        if key in wanted
+    }
+    failed = 0
+    for key, (launch, capability, case) in wanted.items():
+        name = launch.kernel.__name__
+        skipped = (options.capability and capability not in options.capability) or (
+            options.kernel and name not in options.kernel
+        )
+        if key in rows or skipped:
+            continue
+        row = _compile(launch, capability, case, options.timeout)
+        if row is None:
+            failed += 1
+            print(f"sm_{capability} {name}, {case}: not compiled", flush=True)
+            continue
+        rows[key] = row
+        print(f"sm_{capability} {name}, {case}: {row.seconds} s", *row.faults(), flush=True)
+        _write(options.out, [rows[key] for key in wanted if key in rows], len(wanted))
+    print(table(list(rows.values())))
+    faulty = sum(bool(row.faults()) for row in rows.values())
+    missing = len(wanted) - len(rows) - failed
+    print(
+        f"{len(rows)} variants compiled, of which {faulty} break a rule; "
+        f"{failed} failed, {missing} not tried"
+    )
+    return 1 if faulty or failed else 0
 
 
-def _numbered(wanted: list) -> list[tuple[int, int]]:
-    order = {id(case): index for index, case in enumerate(wanted)}
-    counts: dict[int, list] = {}
-    for case, launch in variants(wanted):
-        counts.setdefault(order[id(case)], []).append(launch.kernel.__name__)
-    return [
-        (index, number)
-        for index, names in counts.items()
-        for number, launch in enumerate(launches(wanted[index]))
-        if launch.kernel.__name__ in names
-    ]
+def _compile(launch: Launch, capability: int, case: str, timeout: float) -> Compiled | None:
+    """In a process of its own, which may hang or die."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def work() -> None:
+        sender.send(compile_launch(launch, capability, case))
+
+    process = context.Process(target=work)
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(timeout) else None
+    except EOFError:
+        return None
+    finally:
+        process.kill()
+        process.join()
 
 
-def _compile(work: tuple[int, int, int]) -> dict:
-    index, number, capability = work
-    case = cases()[index]
-    return compile_launch(launches(case)[number], capability, case.name).row()
+def _read(folder: Path) -> dict[str, Compiled]:
+    path = folder / "triton_compile.json"
+    if not path.exists():
+        return {}
+    rows = [Compiled(**row) for row in json.loads(path.read_text())["variants"]]
+    return {row.key: row for row in rows}
+
+
+def _write(folder: Path, rows: list[Compiled], wanted: int) -> None:
+    found = {"triton": triton.__version__, "variants": [asdict(row) for row in rows]}
+    (folder / "triton_compile.json").write_text(json.dumps(found, indent=1) + "\n")
+    faulty = sum(bool(row.faults()) for row in rows)
+    summary = f"{len(rows)} of {wanted} variants compiled so far; {faulty} break a rule.\n\n"
+    (folder / "triton_compile.md").write_text(INTRODUCTION + summary + table(rows) + "\n")
 
 
 if __name__ == "__main__":

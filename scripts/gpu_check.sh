@@ -17,16 +17,17 @@ for argument in "$@"; do
 done
 mkdir -p "$out"
 status=0
-engine=""
+engine="engine part skipped: vLLM cannot be imported, or this is a dry run"
+# Both parts keep to their budgets and report what they have by then; `timeout` is for what hangs.
+budget=460
 if [ -z "${TRITON_INTERPRET:-}" ] && "$python" -c 'import vllm' 2>/dev/null; then
     # First, since it shares the nine minutes; its own lines come last.
-    engine=$(timeout 240 "$python" -m vllm_attentionpack.bench.gpu_engine --out "$out" \
-        2>"$out/gpu_engine.log" | tail -n 12) || engine="engine part failed: see $out/gpu_engine.log"
-    budget=270
-else
-    engine="engine part skipped: vLLM cannot be imported, or this is a dry run"
-    budget=480
+    engine=$(timeout --kill-after=5 230 "$python" -m vllm_attentionpack.bench.gpu_engine --out "$out" \
+        --budget 215 2>"$out/gpu_engine.log" | tail -n 14) ||
+        engine+=$'\n'"engine part failed: see $out/gpu_engine.log"
+    budget=220
 fi
-"$python" -m vllm_attentionpack.bench.gpu_check --out "$out" --budget "$budget" "$@" || status=$?
+timeout --kill-after=5 $((budget + 60)) \
+    "$python" -m vllm_attentionpack.bench.gpu_check --out "$out" --budget "$budget" "$@" || status=$?
 printf '%s\n' "$engine"
 exit "$status"

@@ -3,45 +3,107 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
+from vllm_attentionpack.bench.compile_table import Compiled, table
+
 pytest.importorskip("triton")
 
-PROGRAM = """
-from vllm_attentionpack.bench.compile_table import SHARED_LIMIT, Case, compile_launch, launches
+COMPILE = """
+from vllm_attentionpack.bench.compile_table import Case, compile_launch, launches
 from vllm_attentionpack.bench.shapes import LayerShape
-import torch
 
-case = Case(LayerShape({shape}), query_len={query_len}, dtype=torch.float16)
-for launch in launches(case):
+for launch in launches(Case(LayerShape({shape})), {capability}):
     if launch.kernel.__name__ in {kernels}:
         made = compile_launch(launch, {capability})
-        assert made.tensor_cores, made
-        assert made.shared_bytes <= SHARED_LIMIT[{capability}], made
-        assert made.registers <= 255 and made.spill_bytes <= {spill}, made
+        assert not made.faults(), made
         assert made.async_copies or launch.kernel.__name__ != "attend_kernel", made
         print(made)
 """
 
+SPECIALISE = """
+from vllm_attentionpack.bench.compile_table import Case, variants
+from vllm_attentionpack.bench.shapes import LayerShape
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("shape", "query_len", "kernels", "capability", "spill"),
-    [
-        ("32, 8, 128, 8, 8", 1, {"attend_kernel"}, 90, 64),
-        ("32, 8, 128, 1, 8, 2", 1, {"attend_kernel"}, 80, 0),
-        ("16, 4, 64, 4, 8", 1, {"absorb_kernel", "up_project_kernel"}, 100, 0),
-    ],
+layer = LayerShape(8, 2, 64, 1, 8)
+for _, launch in variants([Case(layer, requests=n) for n in (17, 32, 40, 48)], 90):
+    print(launch.kernel.__name__)
+"""
+
+GOOD = Compiled(
+    key="1",
+    kernel="store_kernel",
+    case="some layer",
+    capability=80,
+    warps=4,
+    registers=200,
+    spill_bytes=0,
+    shared_bytes=1 << 15,
+    products=4,
+    scalar_products=0,
+    matrix_instructions=("HMMA",),
+    async_copies=True,
+    instructions=1000,
+    seconds=1.5,
 )
-def test_variants_compile_ahead_of_time(shape, query_len, kernels, capability, spill):
-    program = PROGRAM.format(
-        shape=shape, query_len=query_len, kernels=kernels, capability=capability, spill=spill
-    )
-    # A process of its own: in the interpreter, where other tests may be, nothing compiles.
+
+
+def run(program: str) -> str:
+    """In a process of its own: in the interpreter, where other tests may be, nothing compiles."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Compiled(") == len(kernels)
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "kernels", "capability"),
+    [
+        ("32, 8, 128, 8, 8", {"attend_kernel"}, 90),
+        ("32, 8, 128, 1, 8", {"attend_kernel", "store_kernel", "merge_kernel"}, 80),
+        ("16, 4, 64, 4, 8", {"absorb_kernel", "up_project_kernel"}, 100),
+    ],
+)
+def test_variants_keep_the_rules(shape, kernels, capability):
+    out = run(COMPILE.format(shape=shape, kernels=kernels, capability=capability))
+    assert out.count("Compiled(") == len(kernels)
+
+
+@pytest.mark.slow
+def test_the_size_of_a_batch_makes_no_new_variant():
+    """It would be compiled while requests wait."""
+    names = run(SPECIALISE).split()
+    for kernel in ("store_kernel", "absorb_kernel", "attend_kernel", "up_project_kernel"):
+        assert names.count(kernel) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"spill_bytes": 8}, "spills"),
+        ({"shared_bytes": 164 * 1024}, "shared memory"),
+        ({"scalar_products": 1}, "tensor cores"),
+        ({"matrix_instructions": ()}, "tensor cores"),
+    ],
+)
+def test_every_rule_is_checked(change, fault):
+    assert GOOD.faults() == []
+    (found,) = replace(GOOD, **change).faults()
+    assert fault in found
+
+
+def test_a_kernel_without_products_needs_no_tensor_cores():
+    assert replace(GOOD, products=0, matrix_instructions=()).faults() == []
+
+
+def test_the_table_has_a_line_per_variant_and_a_column_per_architecture():
+    rows = [GOOD, replace(GOOD, capability=90), replace(GOOD, kernel="attend_kernel")]
+    lines = table(rows).splitlines()
+    assert lines[0].endswith("| sm_80 | sm_90 |")
+    assert lines[2].startswith("| attend_kernel ") and lines[2].endswith("| not compiled |")
+    assert lines[3].count("200 / 0 / 32 HMMA") == 2

@@ -2,7 +2,15 @@
 
 import pytest
 
-from vllm_attentionpack.bench.roofline import GPUS, decode, dense_decode, dense_prefill, store
+from vllm_attentionpack.bench.roofline import (
+    GOAL_SHAPES,
+    GPUS,
+    decode,
+    dense_decode,
+    dense_prefill,
+    store,
+    work_table,
+)
 from vllm_attentionpack.bench.shapes import LayerShape
 
 LLAMA = LayerShape(32, 8, 128, 8, 8)
@@ -42,3 +50,10 @@ def test_layers_meet_their_ratio():
 
 def test_encoding_is_a_small_part_of_prefill():
     assert store(LLAMA, 8192).floor(H200) < 0.05 * dense_prefill(LLAMA, 8192).floor(H200)
+
+
+def test_the_table_names_every_kernel_of_every_goal():
+    lines = work_table().splitlines()[2:]
+    for kernel in ("dense decode", "absorb_query", "paged_attention", "up_project"):
+        assert sum(f"| {kernel}" in line for line in lines) == len(GOAL_SHAPES)
+    assert sum("| store_kv |" in line for line in lines) == 1

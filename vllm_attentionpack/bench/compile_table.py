@@ -5,12 +5,15 @@ time: registers, spills and shared memory follow from the assembly, and so does 
 are used. Needs Triton, whose package carries the assembler, and no GPU.
 """
 
+import hashlib
+import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,12 +22,18 @@ import torch
 from torch import Tensor
 
 from vllm_attentionpack.bench.shapes import LayerShape
+from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.ops import QueryBatch
 from vllm_attentionpack.ops import triton as ops
+from vllm_attentionpack.ops.triton import launch as launch_shapes
+from vllm_attentionpack.ops.triton.launch import Chip
 
 #: Bytes of shared memory that one program can have (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-_TENSOR_CORE_OPS = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA")
+#: `mma`, `wgmma` and `tcgen05` as they are called in the assembly.
+_MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA")
+#: Of an H100 or H200; A100 and B200 have 108 and 148.
+_MULTIPROCESSORS = 132
 _KERNELS = {
     "attend": "attend_kernel",
     "merge": "merge_kernel",
@@ -57,6 +66,7 @@ class Case:
         dtype: of queries, keys and values.
         causal: whether new tokens are read from the codes.
         context: longest request.
+        ranges: whether only a range of each context is read, as beside an exact window.
     """
 
     layer: LayerShape
@@ -66,12 +76,14 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     causal: bool = False
     context: int = 8192
+    ranges: bool = False
 
     @property
     def name(self) -> str:
         return (
-            f"{self.layer.name}, S={self.block_size}, {self.query_len} new, "
+            f"{self.layer.name}, S={self.block_size}, {self.requests}x{self.query_len} new, "
             f"{str(self.dtype).removeprefix('torch.')}{', causal' if self.causal else ''}"
+            f"{', ranges' if self.ranges else ''}"
         )
 
 
@@ -89,6 +101,7 @@ class Compiled:
     """What became of one kernel for one architecture.
 
     Attributes:
+        key: identifies source, specialisation, options, target and compiler.
         kernel: its name.
         case: the first case that launches this variant.
         capability: e.g. 90 for sm_90.
@@ -96,11 +109,15 @@ class Compiled:
         registers: per thread.
         spill_bytes: local memory per thread; 0 if nothing spills.
         shared_bytes: of a program.
-        tensor_cores: whether the assembly has matrix instructions.
+        products: matrix products in the source, loops not unrolled.
+        scalar_products: those of them that tensor cores do not do.
+        matrix_instructions: the kinds in the assembly.
         async_copies: whether it has asynchronous copies to shared memory.
         instructions: of the longest loop, or of all where there is none.
+        seconds: of a processor, to compile.
     """
 
+    key: str
     kernel: str
     case: str
     capability: int
@@ -108,145 +125,203 @@ class Compiled:
     registers: int
     spill_bytes: int
     shared_bytes: int
-    tensor_cores: bool
+    products: int
+    scalar_products: int
+    matrix_instructions: tuple[str, ...]
     async_copies: bool
     instructions: int
+    seconds: float
 
-    def row(self) -> dict[str, Any]:
-        return asdict(self)
+    def faults(self) -> list[str]:
+        """The rules that it breaks."""
+        found = []
+        if self.spill_bytes:
+            found.append(f"spills {self.spill_bytes} bytes")
+        if self.shared_bytes > SHARED_LIMIT[self.capability]:
+            found.append(f"wants {self.shared_bytes} bytes of shared memory")
+        if self.scalar_products or (self.products and not self.matrix_instructions):
+            found.append("has products without tensor cores")
+        return found
 
 
 def cases() -> list[Case]:
-    """Every kind of layer and step that the kernels are built for."""
-    gqa, mha = (32, 8, 128), (32, 32, 128)
+    """Every kind of layer and step that the kernels are built for, no two of which launch alike."""
+    joint, many = LayerShape(32, 8, 128, 8, 8), LayerShape(32, 32, 128, 8, 8)
+    single, pairs = LayerShape(32, 8, 128, 1, 8), LayerShape(32, 8, 128, 2, 8)
     out = [
-        Case(LayerShape(*gqa, 8, 8)),
-        Case(LayerShape(*gqa, 8, 8), query_len=4),
-        Case(LayerShape(*gqa, 8, 8), query_len=2048, requests=2),
-        Case(LayerShape(*gqa, 8, 8), query_len=4, causal=True),
-        Case(LayerShape(*gqa, 8, 4)),
-        Case(LayerShape(*gqa, 8, 8, modalities=2)),
-        Case(LayerShape(*gqa, 1, 8)),
-        Case(LayerShape(*gqa, 2, 8)),
-        Case(LayerShape(*mha, 8, 8)),
-        Case(LayerShape(*mha, 8, 8, modalities=2)),
+        Case(joint),
+        Case(joint, requests=1, context=32768),
+        Case(joint, query_len=4, causal=True),
+        Case(joint, ranges=True),
+        Case(LayerShape(32, 8, 128, 8, 4)),
+        Case(LayerShape(32, 8, 128, 8, 8, modalities=2)),
+        Case(single),
+        Case(single, query_len=2048, requests=2),
+        Case(single, dtype=torch.float16),
+        Case(pairs),
+        Case(pairs, query_len=2048, requests=2),
+        Case(many),
+        Case(LayerShape(32, 32, 128, 8, 8, modalities=2)),
         Case(LayerShape(16, 1, 256, 1, 8)),
     ]
     out += [Case(LayerShape(16, 4, size, 4, 8), dtype=torch.float16) for size in (64, 80, 96)]
-    out += [Case(LayerShape(*gqa, 8, 8), block_size=size) for size in (16, 32, 64)]
+    out += [Case(joint, block_size=16)]
+    out += [Case(single, block_size=size) for size in (32, 64)]
     return out
 
 
-def launches(case: Case) -> list[Launch]:
-    """The kernels that one step of `case` launches."""
+@cache
+def _codec(layer: LayerShape) -> LayerCodec:
+    return layer.codec(torch.device("cpu"))
+
+
+def launches(case: Case, capability: int) -> list[Launch]:
+    """The kernels that one step of `case` launches on a GPU of that capability."""
     layer, device = case.layer, torch.device("cpu")
     tokens = case.requests * case.query_len
-    codec = layer.codec(device)
+    codec = _codec(layer)
     cache = torch.empty(1, codec.layout.block_bytes(case.block_size), dtype=torch.uint8)
     table = torch.empty(case.requests, 1024, dtype=torch.int32)
     lens = torch.full((case.requests,), case.context, dtype=torch.int32)
-    starts = range(0, tokens + 1, case.query_len)
-    batch = QueryBatch.build(list(starts), [case.context] * case.requests, device)
+    edges = list(range(0, tokens + 1, case.query_len))
+    batch = QueryBatch.build(edges, [case.context] * case.requests, device)
     query = torch.empty(tokens, layer.query_heads, layer.head_size, dtype=case.dtype)
     key = torch.empty(tokens, layer.kv_heads, layer.head_size, dtype=case.dtype)
     slots = torch.empty(tokens, dtype=torch.int64)
     visual = torch.zeros(tokens, dtype=torch.bool) if layer.modalities == 2 else None
-    with _recording() as recorded:
+    starts = torch.zeros_like(lens) if case.ranges else None
+    with _recording(Chip(_MULTIPROCESSORS, SHARED_LIMIT[capability])) as recorded:
         ops.store_kv(key, key, cache, slots, visual, codec, case.block_size)
         absorbed = ops.absorb_query(query, codec, 1.0)
         attended = ops.paged_attention(
-            absorbed, cache, table, None, lens, batch, codec, case.block_size, case.causal
+            absorbed, cache, table, starts, lens, batch, codec, case.block_size, case.causal
         )
         ops.up_project(attended, codec)
     return recorded
+
+
+def variants(wanted: list[Case], capability: int) -> Iterator[tuple[Case, Launch]]:
+    """The launches of all cases, each different one once."""
+    seen = set()
+    for case in wanted:
+        for launch in launches(case, capability):
+            key = (_source(launch).hash(), *sorted(launch.options.items()))
+            if key not in seen:
+                seen.add(key)
+                yield case, launch
+
+
+def variant_key(launch: Launch, capability: int) -> str:
+    """Changes with whatever could change the outcome of `compile_launch`."""
+    import triton
+
+    options = sorted(launch.options.items())
+    what = f"{_source(launch).hash()} {options} {capability} {triton.__version__}"
+    return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
 def compile_launch(launch: Launch, capability: int, case: str = "") -> Compiled:
     """Compiles one launch as Triton would at its first call on a GPU of that capability."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    kernel = launch.kernel
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for index, parameter in enumerate(kernel.params):
-        value = launch.arguments[parameter.name]
-        if isinstance(value, Tensor):
-            signature[parameter.name] = _POINTERS[value.dtype]
-            aligned = value.data_ptr() % 16 == 0
-        elif parameter.is_constexpr or (type(value) is int and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[index,] = value
-            continue
-        else:
-            signature[parameter.name] = "i32" if type(value) is int else "fp32"
-            aligned = type(value) is int and value % 16 == 0
-        if aligned:
-            attributes[index,] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    built = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options)
-    )
+    before = _processor_seconds()
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.always_compile = True  # what lies on the disk took no time
+        built = triton.compile(
+            _source(launch), target=GPUTarget("cuda", capability, 32), options=dict(launch.options)
+        )
+    seconds = _processor_seconds() - before
     registers, stack, assembly = _disassemble(built.asm["cubin"])
     return Compiled(
-        kernel=kernel.__name__,
+        key=variant_key(launch, capability),
+        kernel=launch.kernel.__name__,
         case=case,
         capability=capability,
         warps=built.metadata.num_warps,
         registers=registers,
         spill_bytes=stack,
         shared_bytes=built.metadata.shared,
-        tensor_cores=any(re.search(rf"\b{op}\b", assembly) for op in _TENSOR_CORE_OPS),
+        products=len(re.findall(r"\btt\.dot\b", built.asm["ttir"])),
+        # Products of tensor cores have layouts of their own; "blocked" ones are multiplied out.
+        scalar_products=len(re.findall(r"\btt\.dot\b.*parent = #blocked", built.asm["ttgir"])),
+        matrix_instructions=tuple(
+            name for name in _MATRIX_INSTRUCTIONS if re.search(rf"\b{name}\b", assembly)
+        ),
         async_copies=bool(re.search(r"\b(LDGSTS|UTMALDG|UBLKCP)\b", assembly)),
         instructions=_longest_loop(assembly),
+        seconds=round(seconds, 1),
     )
 
 
-def variants(wanted: list[Case]) -> Iterator[tuple[Case, Launch]]:
-    """The launches of all cases, each different one once."""
-    seen = set()
-    for case in wanted:
-        for launch in launches(case):
-            key = _identity(launch)
-            if key not in seen:
-                seen.add(key)
-                yield case, launch
+def _source(launch: Launch) -> Any:
+    """What the compiler is given: types of arguments, constants, and what divides which."""
+    from triton.compiler import ASTSource
 
-
-def _identity(launch: Launch) -> tuple[Any, ...]:
-    items = []
-    for parameter in launch.kernel.params:
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
+        special = type(value) is int and not parameter.do_not_specialize
         if isinstance(value, Tensor):
-            items.append(str(value.dtype))
-        elif parameter.is_constexpr:
-            items.append(repr(value))
+            signature[parameter.name] = _POINTERS[value.dtype]
+            aligned = value.data_ptr() % 16 == 0
+        elif parameter.is_constexpr or (special and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[index,] = value
+            continue
         else:
-            items.append(f"{value == 1} {isinstance(value, int) and value % 16 == 0}")
-    return launch.kernel.__name__, *items, *sorted(launch.options.items())
+            signature[parameter.name] = "i32" if type(value) is int else "fp32"
+            aligned = special and value % 16 == 0
+        if aligned:
+            attributes[index,] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def _processor_seconds() -> float:
+    """Of this process and its finished children, of which the assembler is one."""
+    return sum(os.times()[:4])
+
+
+def table(rows: list[Compiled]) -> str:
+    """Markdown: one line per variant, one column per capability."""
+    capabilities = sorted({row.capability for row in rows})
+    found: dict[tuple[str, str, int], dict[int, Compiled]] = {}
+    for row in rows:
+        found.setdefault((row.kernel, row.case, row.warps), {})[row.capability] = row
+    lines = [
+        "| kernel | first launched by | warps | "
+        + " | ".join(f"sm_{capability}" for capability in capabilities)
+        + " |",
+        "|---" * (3 + len(capabilities)) + "|",
+    ]
+    for (kernel, case, warps), made in sorted(found.items()):
+        cells = [_cell(made.get(capability)) for capability in capabilities]
+        lines.append(f"| {kernel} | {case} | {warps} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: Compiled | None) -> str:
+    if row is None:
+        return "not compiled"
+    cell = f"{row.registers} / {row.spill_bytes} / {row.shared_bytes / 1024:.0f}"
+    return " ".join([cell, *row.matrix_instructions])
 
 
 @contextmanager
-def _recording() -> Iterator[list[Launch]]:
+def _recording(chip: Chip) -> Iterator[list[Launch]]:
     from importlib import import_module
 
     recorded: list[Launch] = []
-    with mock.patch.dict("os.environ"):
-        patches = []
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(launch_shapes, "chip", lambda device: chip))
         for module_name, names in _KERNELS.items():
             module = import_module(f"vllm_attentionpack.ops.triton.{module_name}")
             for name in (names,) if isinstance(names, str) else names:
                 recorder = _Recorder(getattr(module, name), recorded)
-                patches.append(mock.patch.object(module, name, recorder))
-        for patch in patches:
-            patch.start()
-        try:
-            yield recorded
-        finally:
-            for patch in patches:
-                patch.stop()
+                patches.enter_context(mock.patch.object(module, name, recorder))
+        yield recorded
 
 
 class _Recorder:

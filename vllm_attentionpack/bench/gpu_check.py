@@ -1,13 +1,17 @@
 """What `scripts/gpu_check.sh` runs: the kernels on a GPU, against the reference and against others.
 
-Parts: `correct` (every kernel against the reference on the same bytes), `machine` (copy bandwidth
-and matrix rate), `speed` (decode, prefill and store against dense attention), `tune` (other launch
-shapes). None imports vLLM unless it is there to be measured. `--dry-run` takes the same path with
-tiny shapes on a CPU, in Triton's interpreter: its times mean nothing, its comparisons do.
+Parts: `rates` (copy bandwidth and matrix rate), `correct` (every kernel against the reference on
+the same bytes), `decode` and `prefill` (with the encoding of new tokens) against dense attention,
+`tune` (other launch shapes). None imports vLLM unless it is there to be measured. What fails or is
+out of time is reported as such and ends nothing else. `--dry-run` takes the same path with tiny
+shapes on a CPU, in Triton's interpreter: its times mean nothing, its comparisons do.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
+import signal
 import statistics
 import sys
 import time
@@ -40,6 +44,10 @@ class Goal:
     requests: int
     context: int
     speed_up: float
+
+
+class OutOfTime(BaseException):
+    """The budget is used up. Not an `Exception`: those are caught and reported, part by part."""
 
 
 _GOALS = (4.0, 4.0, 4.0, 2.5, 2.5, 4.0, 1.5, 0.9)
@@ -146,10 +154,14 @@ class Pages:
 
 
 def check_correct(run: Run) -> list[dict[str, Any]]:
-    """Every kernel against the reference, in the dtypes that are served."""
+    """Every kernel against the reference, in the dtypes that are served.
+
+    Layers and dtypes are checked side by side, each in a process of its own: kernels take longer to
+    compile than to run, and what is compiled here the measurements find in Triton's cache.
+    """
     if run.dry:
         layers = [LayerShape(4, 2, 64, 2, 8), LayerShape(4, 2, 64, 1, 4, modalities=2)]
-        steps, dtypes = [(40, 1, 16), (200, 3, 32)], [torch.float16]
+        dtypes = [torch.float16]
     else:
         layers = [
             LayerShape(32, 8, 128, 8, 8),
@@ -161,28 +173,45 @@ def check_correct(run: Run) -> list[dict[str, Any]]:
             LayerShape(16, 4, 96, 4, 8),
             LayerShape(16, 1, 256, 1, 8),
         ]
-        steps = [(1000, 1, 128), (333, 5, 16), (700, 200, 64)]
         dtypes = [torch.bfloat16, torch.float16]
-    rows = []
-    for layer in layers:
-        for dtype in dtypes:
-            rows.append(_check_store(run, layer, dtype))
-            for context, query_len, block_size in steps:
-                pages = Pages.make(layer, 3, context, query_len, run.device, dtype, block_size)
-                causal = query_len > 1
-                out, lse = pages.attend(kernels, causal, block_size)
-                want, want_lse = pages.attend(reference, causal, block_size)
-                error = ((out - want).abs().max() / want.abs().max()).item()
-                lse_error = (lse - want_lse).abs().max().item()
-                rows.append(
-                    {
-                        "what": f"attention, {layer.name}, {context}+{query_len}, S={block_size}",
-                        "dtype": str(dtype),
-                        "error": error,
-                        "lse_error": lse_error,
-                        "passed": error < TOLERANCE and lse_error < 2 * TOLERANCE,
-                    }
-                )
+    work = [(layer, dtype) for dtype in dtypes for layer in layers]
+    deadline = time.monotonic() + 0.6 * run.seconds_left()
+    rows: list[dict[str, Any]] = []
+    # A CUDA context does not survive a fork.
+    with multiprocessing.get_context("spawn").Pool(min(len(work), os.cpu_count() or 1)) as pool:
+        running = [pool.apply_async(_check_layer, (run, *one)) for one in work]
+        for (layer, dtype), found in zip(work, running, strict=True):
+            try:
+                rows += found.get(max(0.0, deadline - time.monotonic()))
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"[:300]
+                row = {"what": layer.name, "dtype": str(dtype), "error": reason, "passed": False}
+                rows.append(row)
+    return rows
+
+
+def _check_layer(run: Run, layer: LayerShape, dtype: torch.dtype) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    rows = [_check_store(run, layer, dtype)]
+    steps = [(1000, 1, 128), (333, 5, 16), (700, 200, 64)]
+    if run.dry:
+        steps = [(40, 1, 16), (200, 3, 32)]
+    for context, query_len, block_size in steps:
+        pages = Pages.make(layer, 3, context, query_len, run.device, dtype, block_size)
+        causal = query_len > 1
+        out, lse = pages.attend(kernels, causal, block_size)
+        want, want_lse = pages.attend(reference, causal, block_size)
+        error = ((out - want).abs().max() / want.abs().max()).item()
+        lse_error = (lse - want_lse).abs().max().item()
+        rows.append(
+            {
+                "what": f"attention, {layer.name}, {context}+{query_len}, S={block_size}",
+                "dtype": str(dtype),
+                "error": error,
+                "lse_error": lse_error,
+                "passed": error < TOLERANCE and lse_error < 2 * TOLERANCE,
+            }
+        )
     return rows
 
 
@@ -362,30 +391,52 @@ def main() -> int:
         return 2
     torch.manual_seed(0)
     run = Run(device, options.dry_run, time.monotonic() + options.budget)
-    result: dict[str, Any] = {"dry_run": run.dry, "machine": _machine(run)}
+    result: dict[str, Any] = {"dry_run": run.dry, "machine": _machine(run), "correct": []}
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = "gpu_check_dry_run.json" if run.dry else "gpu_check.json"
 
     def save() -> None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        name = "gpu_check_dry_run.json" if run.dry else "gpu_check.json"
         (options.out / name).write_text(json.dumps(result, indent=1) + "\n")
 
-    result["correct"] = check_correct(run)
-    save()
-    result["rates"] = measure_machine(run)
-    result["decode"] = []
-    for goal in GOALS[:1] if run.dry else GOALS:
-        if run.seconds_left() < 30:
-            result["decode"].append({"layer": goal.layer.name, "skipped": "out of time"})
-            continue
-        row = measure_decode(run, goal, result["rates"]["copy_bytes_per_second"])
-        result["decode"].append(row)
-        save()
-    result["prefill"] = measure_prefill(run)
-    save()
-    result["tune"] = tune(run)
+    def out_of_time(*_: Any) -> None:
+        raise OutOfTime
+
+    signal.signal(signal.SIGALRM, out_of_time)
+    signal.setitimer(signal.ITIMER_REAL, options.budget)
+    try:
+        _measure(run, result, save)
+    except OutOfTime:
+        result["out_of_time"] = True
     save()
     print(_table(result))
-    return 0 if all(row["passed"] for row in result["correct"]) else 1
+    passed = result["correct"] and all(row["passed"] for row in result["correct"])
+    return 0 if passed else 1
+
+
+def _measure(run: Run, result: dict[str, Any], save: Callable[[], None]) -> None:
+    """Fills `result` part by part, the most important first."""
+    result["rates"] = measure_machine(run)
+    result["correct"] = check_correct(run)
+    save()
+    result["decode"] = []
+    for goal in GOALS[:1] if run.dry else GOALS:
+        row: dict[str, Any] = {
+            "layer": goal.layer.name,
+            "requests": goal.requests,
+            "context": goal.context,
+        }
+        try:
+            row = measure_decode(run, goal, result["rates"]["copy_bytes_per_second"])
+        except Exception as error:
+            row["failed"] = f"{type(error).__name__}: {error}"[:300]
+        result["decode"].append(row)
+        save()
+    try:
+        result["prefill"] = measure_prefill(run)
+    except Exception as error:
+        result["prefill"] = {"failed": f"{type(error).__name__}: {error}"[:300]}
+    save()
+    result["tune"] = tune(run)
 
 
 def _machine(run: Run) -> dict[str, str]:
@@ -396,35 +447,53 @@ def _machine(run: Run) -> dict[str, str]:
 
 
 def _table(result: dict[str, Any]) -> str:
-    passed = sum(row["passed"] for row in result["correct"])
-    rates = result["rates"]
+    correct, rates = result["correct"], result.get("rates")
+    passed = sum(row["passed"] for row in correct)
     lines = [
-        f"gpu_check on {result['machine']['gpu']}: {passed} of {len(result['correct'])} "
-        f"comparisons passed; copy {rates['copy_bytes_per_second'] / 1e12:.2f} TB/s, "
-        f"bf16 matmul {rates['matmul_flops'] / 1e12:.0f} TFLOP/s",
+        f"gpu_check on {result['machine']['gpu']}: {passed} of {len(correct)} comparisons passed"
+        + (
+            f"; copy {rates['copy_bytes_per_second'] / 1e12:.2f} TB/s, "
+            f"bf16 matmul {rates['matmul_flops'] / 1e12:.0f} TFLOP/s"
+            if rates
+            else ""
+        )
+    ]
+    failed = [row for row in correct if not row["passed"]]
+    lines += [f"FAILED {row['what']}, {row['dtype']}: {row['error']}" for row in failed[:8]]
+    lines += [
         "| layer | requests x context | ours | best dense | speed-up | over fp8 | goal "
         "| of copy rate |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in result["decode"]:
-        if "skipped" in row:
-            lines.append(f"| {row['layer']} | | skipped: {row['skipped']} | | | | | |")
+    for row in result.get("decode", []):
+        start = f"| {row['layer']} | {row['requests']} x {row['context']} "
+        if "failed" in row:
+            lines.append(f"{start}| failed: {row['failed'][:100]} | | | | | |")
             continue
         best = _best(row["dense_seconds"]["dense"])
         lines.append(
-            f"| {row['layer']} | {row['requests']} x {row['context']} "
-            f"| {row['ours_seconds'] * 1e6:.1f} us "
+            f"{start}| {row['ours_seconds'] * 1e6:.1f} us "
             f"| {f'{best * 1e6:.1f} us' if best else 'none ran'} "
             f"| {_times(row['speed_up'])} | {_times(row['speed_up_over_fp8'])} | {row['goal']} "
             f"| {row['share_of_copy_bandwidth']:.0%} |"
         )
-    prefill = result["prefill"]
-    dense = _best(prefill["dense_prompt_attention_seconds"])
-    share = f"{prefill['store_seconds'] / dense:.1%}" if dense else "unknown share"
-    lines.append(
-        f"store of {prefill['prompt']} tokens: {prefill['store_seconds'] * 1e6:.1f} us, {share} of "
-        "the layer's dense prompt attention (goal: at most 5 %)"
-    )
+    prefill = result.get("prefill", {"failed": "not reached"})
+    if "failed" in prefill:
+        lines.append(f"prefill and store failed: {prefill['failed'][:100]}")
+    else:
+        dense = _best(prefill["dense_prompt_attention_seconds"])
+        share = f"{prefill['store_seconds'] / dense:.1%}" if dense else "unknown share"
+        context = _best(prefill["dense_context_attention_seconds"])
+        times = context / prefill["context_attention_seconds"] if context else None
+        lines.append(
+            f"store of {prefill['prompt']} tokens: {prefill['store_seconds'] * 1e6:.1f} us, {share}"
+            " of the layer's dense prompt attention (goal: at most 5 %); "
+            f"{prefill['chunk']} new tokens over {prefill['context']}: "
+            f"{prefill['context_attention_seconds'] * 1e6:.1f} us, {_times(times)} times as fast "
+            "as dense"
+        )
+    if result.get("out_of_time"):
+        lines.append("out of time: later parts are missing")
     return "\n".join(lines)
 
 

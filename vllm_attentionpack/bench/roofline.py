@@ -144,6 +144,32 @@ def table(gpu: Gpu) -> str:
     return "\n".join(lines)
 
 
+def work_table() -> str:
+    """Markdown: bytes, operations and floors of every kernel, for the shapes of the goals."""
+    lines = [
+        "| layer | requests x context | kernel | MB | GFLOP | "
+        + " | ".join(f"{gpu.name}, us" for gpu in GPUS)
+        + " |",
+        "|---" * (5 + len(GPUS)) + "|",
+    ]
+    rows: list[tuple[str, str, Work]] = []
+    for layer, requests, context in GOAL_SHAPES:
+        works = [dense_decode(layer, requests, context), *decode(layer, requests, context)]
+        rows += [(layer.name, f"{requests} x {context}", work) for work in works]
+    layer = GOAL_SHAPES[0][0]
+    works = [dense_prefill(layer, PROMPT), store(layer, PROMPT)]
+    rows += [(layer.name, f"1 x {PROMPT} new", work) for work in works]
+    for name, size, work in rows:
+        floors = " | ".join(f"{work.floor(gpu) * 1e6:.1f}" for gpu in GPUS)
+        lines.append(
+            f"| {name} | {size} | {work.name} | {work.bytes / 1e6:.1f} | {work.flops / 1e9:.2f} "
+            f"| {floors} |"
+        )
+    return "\n".join(lines)
+
+
+#: New tokens of the goal for encoding.
+PROMPT = 8192
 _GQA = (32, 8, 128, 8)
 #: (layer, requests, context) of the goals for decode.
 GOAL_SHAPES = (
@@ -159,4 +185,6 @@ GOAL_SHAPES = (
 
 
 if __name__ == "__main__":
-    print("\n\n".join(table(gpu) for gpu in GPUS))
+    print("# Floors of the GPU kernels\n")
+    print("Written by `python -m vllm_attentionpack.bench.roofline`: nothing here is measured.\n")
+    print("\n\n".join([*(table(gpu) for gpu in GPUS), work_table()]))

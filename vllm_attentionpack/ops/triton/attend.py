@@ -16,7 +16,8 @@ from vllm_attentionpack.ops.triton.unpack import (
 _TILES_PER_CHUNK = tl.constexpr(16)
 
 
-@triton.jit
+# Sizes of a batch change at every step; special cases of them would be compiled while serving.
+@triton.jit(do_not_specialize=["num_tokens", "num_splits", "query_tiles"])
 def attend_kernel(
     query,  # float16 [T, groups, M, HEADS, K_COLUMNS]
     mean_logits,  # float32 [T, groups, M, HEADS]

@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# What changes with the batch is not specialised: see `attend_kernel`.
+@triton.jit(do_not_specialize=["split_rows", "num_splits"])
 def merge_kernel(
     parts,  # float16 [splits, T, groups, M, HEADS, COLUMNS], each normalised
     part_sums,  # float32 [splits, T, groups, M, HEADS], base-2 log-sum-exp

@@ -74,7 +74,8 @@ def store_kv(
     groups, modalities, dims, _ = k.basis.values.shape
     tiles = prepared.encoding_tiles
     columns = max(kind.columns for kind in tiles.values())
-    rows = 16 if tokens <= 64 or columns > 768 else (32 if columns > 384 else 64)
+    # 64 rows are what four warps share among them; beside many columns they exceed the registers.
+    rows = 64 if tokens > 64 and columns <= 256 else 16
     constants = tiles["key"].constants("K") | tiles["value"].constants("V")
     for unread in ("WIDTH", "FULL", "JOINED"):
         del constants[f"K_{unread}"], constants[f"V_{unread}"]
@@ -106,7 +107,7 @@ def store_kv(
         K_STEPS=k.steps,
         V_STEPS=v.steps,
         **constants,
-        num_warps=8 if rows > 16 or columns > 384 else 4,
+        num_warps=8 if columns > 384 else 4,
         num_stages=2,
     )
 
@@ -173,11 +174,11 @@ def paged_attention(
     from vllm_attentionpack.ops.triton.merge import merge_kernel
 
     prepared = prepare(codec)
-    layout, tiles = codec.layout, prepared.tiles
+    tiles = prepared.tiles
     tokens, groups, modalities, heads, _ = query.latent.shape
     requests = batch.query_start_loc.shape[0] - 1
     columns = tiles["value"].columns
-    shape = attend_shape(layout, modalities, heads, columns, batch, kv_cache.device)
+    shape = attend_shape(prepared, heads, batch, kv_cache.device)
     rows = (tokens, groups, modalities, heads)
     # A request of no new tokens is no program's; its rows do not exist.
     parts = query.latent.new_empty(shape.splits, *rows, columns)

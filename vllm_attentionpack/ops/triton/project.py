@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# What changes with the batch is not specialised: see `attend_kernel`.
+@triton.jit(do_not_specialize=["rows"])
 def absorb_kernel(
     query,  # [T, Hq, D], any float
     basis,  # float16 [Hk, M, D, COLUMNS]
@@ -65,7 +66,7 @@ def absorb_kernel(
         tl.store(mean_logits + owner, mean_logit * factor, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def up_project_kernel(
     latent,  # float16 [T, groups, M, GROUP_HEADS * REPEATS, COLUMNS]
     weight,  # float32 [T, groups, M, GROUP_HEADS * REPEATS]

@@ -14,7 +14,8 @@ def round_even(x):
     return (x + _ROUNDER) - _ROUNDER
 
 
-@triton.jit
+# What changes with the batch is not specialised: see `attend_kernel`.
+@triton.jit(do_not_specialize=["num_tokens"])
 def store_kernel(
     key,  # [T, Hk, D], any float, heads contiguous
     value,  # likewise

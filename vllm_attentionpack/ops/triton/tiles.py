@@ -18,7 +18,6 @@ from vllm_attentionpack.codec.layout import KINDS, Kind, LayerLayout
 
 #: Widths in bits that the kernels read, in the order of the table of `plane_table`.
 KERNEL_BITS = (8, 4, 2)
-_SMALLEST_PIECE = 16
 #: Offsets are stored in units of this; planes start at multiples of it.
 _OFFSET_UNIT = 16
 
@@ -30,10 +29,12 @@ class Cut:
     Attributes:
         largest: bytes per token of a piece at most. One piece at a time sits in registers.
         rows: columns of an operand at least; sub-planes of narrower pieces are joined.
+        smallest: bytes per token of a piece at least.
     """
 
     largest: int
     rows: int = 1
+    smallest: int = 16
 
 
 KEYS = Cut(largest=32)
@@ -43,7 +44,9 @@ WIDE_VALUES = Cut(largest=64, rows=64)
 #: For head groups of so few bytes per token that most of 64 rows would be padding.
 NARROW_VALUES = Cut(largest=64)
 _NARROW_BYTES = 64
-ENCODING = Cut(largest=64)
+#: Pieces are wider than the 16 tokens of a program: Triton then shares the columns of a product
+#: among the warps. It would share the tokens otherwise, and every warp would hold the same 16.
+ENCODING = Cut(largest=64, smallest=32)
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class KindTiles:
         pieces: list[Piece] = []
         column = operand = 0
         for bits, per_group in zip(KERNEL_BITS, zip(*widths, strict=True), strict=True):
-            smallest = max(_SMALLEST_PIECE, cut.rows * bits // 8)
+            smallest = max(cut.smallest, cut.rows * bits // 8)
             for start, size in _cut(max(per_group), smallest, cut.largest):
                 joined = min(8 // bits, max(1, cut.rows // size))
                 pieces.append(Piece(bits, start, size, column, joined, operand))
