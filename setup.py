@@ -20,7 +20,15 @@ setup(
             sources=[f"{FOLDER}/{name}.cpp" for name in SOURCES],
             depends=[
                 f"{FOLDER}/{name}"
-                for name in ("api.h", "kernels.h", "vector.h", "attend.h", "store.h", "isa.inc")
+                for name in (
+                    "api.h",
+                    "kernels.h",
+                    "vector.h",
+                    "attend.h",
+                    "project.h",
+                    "store.h",
+                    "isa.inc",
+                )
             ],
             language="c++",
             extra_compile_args=[

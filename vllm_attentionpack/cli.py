@@ -264,10 +264,11 @@ def bench_engine(
     device: _Device = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     layers: Annotated[int, typer.Option(help="Of the model with random weights.")] = 4,
-    context: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 8192,
+    context: Annotated[int, typer.Option(help="Tokens of the prompts, all but one.")] = 8192,
     batch: Annotated[int, typer.Option(help="Requests at a time.")] = 8,
     new_tokens: Annotated[int, typer.Option(help="Decoded per request.")] = 16,
     ratio: Annotated[float, typer.Option(help="Compression.")] = 8.0,
+    group: Annotated[int, typer.Option(help="KV heads coded jointly.")] = 2,
 ) -> None:
     """vLLM from end to end, dense and compacted, on a model with random weights."""
     _check_device(device)
@@ -275,7 +276,14 @@ def bench_engine(
     from vllm_attentionpack.bench.cpu_engine import Setup
     from vllm_attentionpack.report.bench import print_engine
 
-    setup = Setup(layers=layers, context=context, batch=batch, new_tokens=new_tokens, ratio=ratio)
+    setup = Setup(
+        layers=layers,
+        context=context,
+        batch=batch,
+        new_tokens=new_tokens,
+        ratio=ratio,
+        group=group,
+    )
     print_engine(setup, json)
 
 

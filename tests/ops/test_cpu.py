@@ -17,7 +17,7 @@ from vllm_attentionpack.codec.codec import LayerCodec, identity_codec
 from vllm_attentionpack.codec.layout import PlaneCounts
 from vllm_attentionpack.ops import QueryBatch, cpu, reference
 from vllm_attentionpack.ops.cpu import library
-from vllm_attentionpack.ops.cpu.plan import key_order, value_order
+from vllm_attentionpack.ops.cpu.plan import PackedMatrix, key_order, value_lanes, value_order
 from vllm_attentionpack.ops.select import select_ops
 
 ROOT = Path(__file__).parents[2]
@@ -263,10 +263,32 @@ def test_orders_hold_every_dim_once():
         for lanes in (8, 16):
             order = value_order(counts, lanes)
             assert len(order) % lanes == 0
+            assert len(order) == sum(value_lanes(counts, lanes))
             assert sorted(order[order >= 0].tolist()) == list(range(counts.rank))
 
 
-@pytest.mark.parametrize("name", ["cpu_attend", "cpu_store"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("repeats", [1, 7])
+@pytest.mark.parametrize("count", [1, 2])
+def test_products_of_packed_matrices(isa, dtype, repeats, count):
+    """Views, odd sizes, more rows than one turn takes, and runs of very different magnitude."""
+    runs, width, tokens, heads = [64, 200, 48, 1], 83, 33, 3
+    spread = torch.cat([torch.full((n,), 10.0**-i) for i, n in enumerate(runs)])
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(heads, sum(runs), width, generator=generator)
+    packed = PackedMatrix.of(matrix, library.kernels().lanes, runs)
+    x = torch.randn(tokens, heads, repeats, 2 * sum(runs), generator=generator)
+    x = (x[..., : sum(runs)] * spread).to(dtype).transpose(0, 1)
+    out = torch.full((tokens, heads, repeats, width + 5), 7.0)
+    with threads(count):
+        part = out[..., :width].transpose(0, 1)
+        library.project(x, packed.matrix, packed.scale, packed.bounds, 0.5, part)
+    want = 0.5 * x.double() @ matrix.double()[:, None]
+    assert (part - want).abs().max() < 1e-3 * want.abs().max()
+    assert (out[..., width:] == 7).all()
+
+
+@pytest.mark.parametrize("name", ["cpu_attend", "cpu_store", "cpu_project"])
 def test_custom_ops_have_fakes(name):
     """PyTorch's own check: schema, mutation, fake tensors."""
     codec = random_codec(2, 2, 32)
@@ -277,6 +299,10 @@ def test_custom_ops_have_fakes(name):
         absorbed = cpu.absorb_query(case.query, codec, 0.2)
         args = (absorbed.latent, table, plan.widths, case.kv_cache, case.block_table, None)
         args += (case.seq_lens, case.batch.query_start_loc, 16, 2, True, 8)
+    elif name == "cpu_project":
+        packed = plan.packed_absorb[0]
+        x, out = torch.randn(2, 3, 1, 32), torch.empty(2, 3, 1, packed.width)
+        args = (x, packed.matrix, packed.scale, packed.bounds, 0.5, out)
     else:
         encode = plan.encode[0]["key"]
         latent = torch.randn(3, len(encode.step))

@@ -1,7 +1,11 @@
 """`attentionpack bench engine --device cpu`: vLLM with its dense cache and with ours.
 
-A model with random weights whose decoding is dominated by attention. Both engines run in this
-process, one after the other, with the same bytes of KV cache.
+A model with random weights and small dense layers, so that attention is what takes the time. Both
+engines run in this process, one after the other, with the same bytes of KV cache.
+
+All prompts but their last token are the same, and both engines keep them in their prefix cache:
+prefill is paid once, for its products grow with the square of the context (a minute for 8k tokens
+on two cores), and every request of the batch then decodes over the whole context.
 """
 
 import os
@@ -9,6 +13,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -27,10 +32,12 @@ class Setup:
 
     Attributes:
         ratio: compression.
-        group: KV heads coded jointly.
-        context: tokens of a prompt.
+        group: KV heads coded jointly; what CPUs are fastest with (see docs/log.md).
+        context: tokens of a prompt that all share; one follows.
         batch: requests at a time.
         new_tokens: decoded per request.
+        repeats: runs of decoding.
+        length: tokens of a request at its end.
         kv_bytes: bytes of KV cache of each engine; holds the batch densely.
     """
 
@@ -38,25 +45,32 @@ class Setup:
     heads: int = 32
     kv_heads: int = 8
     head_size: int = 128
-    hidden_size: int = 1024
+    hidden_size: int = 256
     ratio: float = 8.0
-    group: int = 8
+    group: int = 2
     context: int = 8192
     batch: int = 8
     new_tokens: int = 16
+    repeats: int = 3
+
+    @property
+    def length(self) -> int:
+        return self.context + 1 + self.new_tokens
 
     @property
     def kv_bytes(self) -> int:
         per_token = self.layers * self.kv_heads * self.head_size * 4
-        blocks = -(-(self.context + self.new_tokens) // 128) + 1
+        blocks = -(-self.length // 128) + 1
         return (self.batch * blocks + 2) * 128 * per_token
 
 
 @dataclass(frozen=True)
 class Figures:
-    """One engine; rates are tokens per second over the whole batch.
+    """One engine.
 
     Attributes:
+        prefill: tokens per second of one prompt.
+        decode: tokens per second over the whole batch, the median of the runs.
         largest_batch: requests of the setup that fit into the cache at a time.
     """
 
@@ -81,7 +95,7 @@ def compare(setup: Setup) -> dict[str, Any]:
             num_kv_heads=setup.kv_heads,
             head_size=setup.head_size,
             hidden_size=setup.hidden_size,
-            max_position=setup.context + setup.new_tokens,
+            max_position=setup.length,
         )
         pack = Path(folder) / "model.pack.safetensors"
         dense = _run(model, setup, None, pack)
@@ -110,9 +124,9 @@ def _run(model: Path, setup: Setup, pack: Path | None, new_pack: Path) -> Figure
         "dtype": "bfloat16",
         "enforce_eager": True,
         "block_size": 128,
-        "max_model_len": setup.context + setup.new_tokens,
-        # One prompt at a time and none cut: the prefill of both attends to exact keys.
-        "max_num_batched_tokens": setup.context,
+        "max_model_len": setup.length,
+        # Uncut, so that the prefill of both attends to exact keys.
+        "max_num_batched_tokens": setup.length,
         "max_num_seqs": setup.batch,
         "kv_cache_memory_bytes": setup.kv_bytes,
         "seed": 0,
@@ -126,7 +140,7 @@ def _run(model: Path, setup: Setup, pack: Path | None, new_pack: Path) -> Figure
             _write_pack(llm, setup, new_pack)
         cache = llm.llm_engine.vllm_config.cache_config
         tokens = cache.kv_cache_size_tokens or 0
-        return _measure(llm, setup, tokens / (setup.context + setup.new_tokens))
+        return _measure(llm, setup, tokens / setup.length)
     finally:
         shut_down(llm)
 
@@ -136,35 +150,34 @@ def _write_pack(llm: Any, setup: Setup, path: Path) -> None:
 
     found: Fingerprint = fingerprint(llm.llm_engine.vllm_config.model_config)
     names = [f"model.layers.{i}.self_attn.attn" for i in range(setup.layers)]
-    pack = synthetic_pack(found, names, setup.group, setup.ratio, setup.context + setup.new_tokens)
+    pack = synthetic_pack(found, names, setup.group, setup.ratio, setup.length)
     save_pack(pack, path)
 
 
 def _measure(llm: Any, setup: Setup, largest_batch: float) -> Figures:
-    """Prefill first; the prefix cache then leaves little but decoding to the second run."""
     from vllm import SamplingParams
 
-    rng = np.random.default_rng(0)
-    prompts = [
-        {"prompt_token_ids": rng.integers(3, 1000, setup.context).tolist()}
-        for _ in range(setup.batch)
-    ]
+    prefix = np.random.default_rng(0).integers(3, 1000, setup.context).tolist()
+    prompts = [{"prompt_token_ids": [*prefix, 3 + i]} for i in range(setup.batch)]
 
-    def seconds(new_tokens: int) -> float:
+    def seconds(requests: int, new_tokens: int) -> float:
         sampling = SamplingParams(
             temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False
         )
         start = time.perf_counter()
-        llm.generate(prompts, sampling, use_tqdm=False)
+        llm.generate(prompts[:requests], sampling, use_tqdm=False)
         return time.perf_counter() - start
 
     warm_up = SamplingParams(max_tokens=2, detokenize=False)
     llm.generate([{"prompt_token_ids": [5] * 64}], warm_up, use_tqdm=False)
-    prefill = seconds(1)
-    once = seconds(1)
-    steps = seconds(setup.new_tokens) - once
+    prefill = seconds(1, 1)
+    # What a run takes beyond its first step: all steps are of one token per request.
+    steps = median(
+        seconds(setup.batch, setup.new_tokens) - seconds(setup.batch, 1)
+        for _ in range(setup.repeats)
+    )
     return Figures(
-        prefill=setup.batch * setup.context / prefill,
+        prefill=(setup.context + 1) / prefill,
         decode=setup.batch * (setup.new_tokens - 1) / steps,
         largest_batch=largest_batch,
     )

@@ -14,11 +14,15 @@ from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.codec.layout import KINDS
 from vllm_attentionpack.ops.batch import QueryBatch
 from vllm_attentionpack.ops.cpu import library
-from vllm_attentionpack.ops.cpu.plan import CpuPlan, EncodeTables, plan_of
+from vllm_attentionpack.ops.cpu.plan import CpuPlan, EncodeTables, PackedMatrix, plan_of
 
 #: Of the numbers that codes are multiplied with, so that the error stays near that of the model's
 #: own dtype: floats, 16-bit integers, or 8-bit ones for the codes of 2 bits and 16-bit ones else.
 BITS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 8}
+
+#: Of models: the maps in and out go by matrices of 16-bit integers, whose error (13 bits) is well
+#: below that of these dtypes; others go by BLAS in float32.
+PACKED = (torch.bfloat16,)
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,11 @@ class CpuQuery:
     Attributes:
         latent: float32 `[G, T, repeats, M * (Rk + 1)]` per head group: latent queries of each
             modality, then the logits of the mean keys.
-        bits: of the numbers that codes are multiplied with; see `BITS`.
+        dtype: of the model; decides how exact the arithmetic is.
     """
 
     latent: list[Tensor]
-    bits: int
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,12 @@ class CpuAttended:
         latent: float32 `[G, T, repeats, M * (lanes of V + 1)]` per head group: sums of value
             latents of each modality, then the softmax weight of each.
         lse: float32 `[T, Hq]`, natural log-sum-exp of the logits; `-inf` over no token.
+        packed: whether `up_project` goes by matrices of 16-bit integers.
     """
 
     latent: list[Tensor]
     lse: Tensor
+    packed: bool
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -109,22 +115,25 @@ def _encode(x: Tensor, tables: EncodeTables, split: int) -> Tensor:
 
 def absorb_query(query: Tensor, codec: LayerCodec, scale: float) -> CpuQuery:
     """See `ops.reference.absorb_query`."""
-    tokens, heads, head_size = query.shape
-    kv_heads = codec.layout.num_kv_heads
-    by_head = (
-        (query.float() * scale)
-        .view(tokens, kv_heads, heads // kv_heads, head_size)
-        .transpose(0, 1)
-        .reshape(kv_heads, -1, head_size)
-    )
+    plan = _plan(codec)
     size = codec.layout.heads_per_group
-    latent = [
-        torch.bmm(by_head[g * size : (g + 1) * size], matrix).view(
-            size, tokens, heads // kv_heads, matrix.shape[2]
-        )
-        for g, matrix in enumerate(_plan(codec).absorb)
-    ]
-    return CpuQuery(latent, BITS[query.dtype])
+    if query.stride(2) != 1:
+        query = query.contiguous()
+    by_head = query.unflatten(1, (codec.layout.num_kv_heads, -1)).transpose(0, 1)
+    groups = by_head.split(size)  # [G, T, repeats, D] each
+    if query.dtype in PACKED:
+        latent = [
+            query.new_empty(*x.shape[:3], packed.width, dtype=torch.float32)
+            for x, packed in zip(groups, plan.packed_absorb, strict=True)
+        ]
+        for x, packed, out in zip(groups, plan.packed_absorb, latent, strict=True):
+            _project(x, packed, scale, out)
+    else:
+        latent = [
+            torch.bmm(x.float().mul(scale).flatten(1, 2), matrix).unflatten(1, x.shape[1:3])
+            for x, matrix in zip(groups, plan.absorb, strict=True)
+        ]
+    return CpuQuery(latent, query.dtype)
 
 
 def paged_attention(
@@ -152,19 +161,33 @@ def paged_attention(
         block_size,
         codec.num_modalities,
         causal,
-        query.bits,
+        BITS[query.dtype],
     )
-    return CpuAttended(latent, lse)
+    return CpuAttended(latent, lse, query.dtype in PACKED)
 
 
 def up_project(attended: CpuAttended, codec: LayerCodec) -> Tensor:
     """See `ops.reference.up_project`."""
-    outputs = [
-        torch.bmm(latent.flatten(1, 2), matrix).unflatten(1, latent.shape[1:3])
-        for latent, matrix in zip(attended.latent, _plan(codec).up, strict=True)
-    ]
-    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # [Hk, T, repeats, D]
-    return joined.transpose(0, 1).flatten(1, 2)
+    plan = _plan(codec)
+    if not attended.packed:
+        outputs = [
+            torch.bmm(latent.flatten(1, 2), matrix).unflatten(1, latent.shape[1:3])
+            for latent, matrix in zip(attended.latent, plan.up, strict=True)
+        ]
+        joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # [Hk, T, repeats, D]
+        return joined.transpose(0, 1).flatten(1, 2)
+    _, tokens, repeats, _ = attended.latent[0].shape
+    layout = codec.layout
+    out = attended.lse.new_empty(tokens, layout.num_kv_heads, repeats, layout.head_size)
+    groups = out.transpose(0, 1).split(layout.heads_per_group)
+    for latent, packed, part in zip(attended.latent, plan.packed_up, groups, strict=True):
+        _project(latent, packed, 1.0, part)
+    return out.flatten(1, 2)
+
+
+def _project(x: Tensor, packed: PackedMatrix, factor: float, out: Tensor) -> None:
+    """`[G, T, repeats, depth]` -> float32 `[G, T, repeats, width]`."""
+    library.project(x, packed.matrix, packed.scale, packed.bounds, factor, out)
 
 
 def _plan(codec: LayerCodec) -> CpuPlan:

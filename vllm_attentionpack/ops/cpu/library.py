@@ -1,4 +1,4 @@
-"""The compiled kernels as PyTorch ops `attentionpack::cpu_attend` and `attentionpack::cpu_store`.
+"""The compiled kernels as PyTorch ops: `attentionpack::cpu_attend`, `cpu_store` and `cpu_project`.
 
 The library is plain C++ behind a C interface (csrc/api.h) and loaded with ctypes, so that neither
 building nor loading it depends on PyTorch's headers. Its one unresolved symbol is OpenMP's way into
@@ -48,6 +48,16 @@ class _Store(ctypes.Structure):
     )
 
 
+class _Project(ctypes.Structure):
+    _fields_ = (
+        *((name, _INT) for name in ("threads", "batch", "tokens", "repeats", "width", "segments")),
+        *((name, _INT) for name in ("x_batch", "x_token", "x_repeat")),
+        *((name, _INT) for name in ("out_batch", "out_token", "out_repeat", "bfloat16")),
+        ("factor", ctypes.c_double),
+        *((name, _POINTER) for name in ("bounds", "x", "matrix", "scale", "out")),
+    )
+
+
 @dataclass(frozen=True)
 class Kernels:
     """The kernels of one instruction set.
@@ -85,7 +95,7 @@ def _load() -> ctypes.CDLL | str:
     library.ap_name.argtypes = (_POINTER,)
     library.ap_lanes.restype = _INT
     library.ap_lanes.argtypes = (_POINTER,)
-    for run in (library.ap_attend, library.ap_store):
+    for run in (library.ap_attend, library.ap_store, library.ap_project):
         run.restype = None
         run.argtypes = (_POINTER, _POINTER)
     return library
@@ -120,6 +130,10 @@ _LIBRARY.define(
 _LIBRARY.define(
     "cpu_store(Tensor latent, Tensor bias, Tensor step, Tensor weight, Tensor slots, "
     "Tensor? visual, Tensor layout, Tensor(a!) kv_cache, int block_size) -> ()"
+)
+_LIBRARY.define(
+    "cpu_project(Tensor x, Tensor matrix, Tensor scale, Tensor bounds, float factor, "
+    "Tensor(a!) out) -> ()"
 )
 
 
@@ -249,14 +263,49 @@ def _store(
     chosen.library.ap_store(chosen.handle, ctypes.addressof(args))
 
 
-def _store_fake(*_: object) -> None:
+def _project(
+    x: Tensor, matrix: Tensor, scale: Tensor, bounds: Tensor, factor: float, out: Tensor
+) -> None:
+    """`out[b] = factor * x[b] @ matrix[b]`.
+
+    Args:
+        x: bfloat16 or float32 `[B, T, repeats, depth]`, contiguous along a row.
+        matrix: int16, with `scale` and `bounds`; see `plan.PackedMatrix`.
+        scale: float32.
+        bounds: int64.
+        factor: of the result.
+        out: float32 `[B, T, repeats, width]`, contiguous along a row; mutated.
+    """
+    chosen = kernels()
+    args = _Project(
+        torch.get_num_threads(),
+        *x.shape[:3],
+        out.shape[3],
+        bounds.shape[0] - 1,
+        *x.stride()[:3],
+        *out.stride()[:3],
+        x.dtype == torch.bfloat16,
+        factor,
+        bounds.data_ptr(),
+        x.data_ptr(),
+        matrix.data_ptr(),
+        scale.data_ptr(),
+        out.data_ptr(),
+    )
+    chosen.library.ap_project(chosen.handle, ctypes.addressof(args))
+
+
+def _mutates_only(*_: object) -> None:
     return None
 
 
 _LIBRARY.impl("cpu_attend", _attend, "CPU")
 _LIBRARY.impl("cpu_store", _store, "CPU")
+_LIBRARY.impl("cpu_project", _project, "CPU")
 torch.library.register_fake("attentionpack::cpu_attend", _attend_fake, lib=_LIBRARY)
-torch.library.register_fake("attentionpack::cpu_store", _store_fake, lib=_LIBRARY)
+torch.library.register_fake("attentionpack::cpu_store", _mutates_only, lib=_LIBRARY)
+torch.library.register_fake("attentionpack::cpu_project", _mutates_only, lib=_LIBRARY)
 
 attend = torch.ops.attentionpack.cpu_attend.default
 store = torch.ops.attentionpack.cpu_store.default
+project = torch.ops.attentionpack.cpu_project.default

@@ -10,15 +10,23 @@ two bytes, a pair of dims: that of the byte and that of the byte two further on.
 code of a byte. A last chunk that is not full leaves lanes that stand for no dim.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vllm_attentionpack.codec.codec import LayerCodec, PlaneCodec
 from vllm_attentionpack.codec.layout import KINDS, Kind, LayerLayout, Plane, PlaneCounts
 from vllm_attentionpack.ops.cpu.library import SIDE_FIELDS
+
+#: Most rows of a packed matrix that share the scales of their columns, and the largest integer: the
+#: sum of so many products of two such integers fits 32 bits. Both as in csrc.
+SEGMENT, LARGEST = 128, 4095
+BLOCK_VECTORS = 4
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,44 @@ class EncodeTables:
         return cls(basis.encode.contiguous(), bias, codec.step, basis.weight.contiguous())
 
 
+@dataclass(frozen=True)
+class PackedMatrix:
+    """Matrices of 16-bit integers in the order of `library.project`.
+
+    Attributes:
+        matrix: int16 `[B, panels, steps, columns of a panel, 2]`: a step is two rows, a panel what
+            `BLOCK_VECTORS` vectors hold; zero where there is no row or column.
+        scale: float32 `[B, segments, columns of all panels]`, of the columns of each segment.
+        bounds: int64 `[segments + 1]`, the first row of each segment and the end.
+        width: columns.
+    """
+
+    matrix: Tensor
+    scale: Tensor
+    bounds: Tensor
+    width: int
+
+    @classmethod
+    def of(cls, matrix: Tensor, lanes: int, runs: Sequence[int]) -> "PackedMatrix":
+        """From float32 `[B, depth, width]`.
+
+        `runs`: numbers of rows that are multiplied with numbers of one magnitude, even but for the
+        last. Rounding is to the largest of a segment, and a segment is part of one run.
+        """
+        panel = BLOCK_VECTORS * lanes
+        width = matrix.shape[2]
+        panels = -(-width // panel)
+        matrix = pad(matrix, (0, panels * panel - width, 0, matrix.shape[1] % 2))
+        lengths = [min(SEGMENT, run - at) for run in runs for at in range(0, run, SEGMENT)]
+        bounds = torch.tensor([0, *accumulate(lengths)])
+        parts = matrix.split([n + n % 2 for n in lengths], 1)
+        scales = [part.abs().amax(1, keepdim=True).clamp_min(1e-30) / LARGEST for part in parts]
+        steps = torch.cat([part / scale for part, scale in zip(parts, scales, strict=True)], 1)
+        steps = steps.round().to(torch.int16).unflatten(1, (-1, 2)).unflatten(3, (panels, panel))
+        ordered = steps.permute(0, 3, 1, 4, 2).contiguous()
+        return cls(ordered, torch.cat(scales, 1), bounds, width)
+
+
 class CpuPlan:
     """The tables of one layer for vectors of `lanes` lanes.
 
@@ -52,6 +98,8 @@ class CpuPlan:
             each modality in the kernels' order, then the logit of each mean key.
         up: float32 `[G, M * (lanes of V + 1), D]` per head group: the inverse for values, with the
             means in the last rows.
+        packed_absorb: the same for models in bfloat16.
+        packed_up: likewise.
         encode: per head group and kind.
         widths: rows of each `up`.
     """
@@ -72,6 +120,16 @@ class CpuPlan:
             decode = torch.where((order >= 0)[:, None], decode[:, :, order.clamp_min(0)], 0.0)
             self.up.append(torch.cat([decode.flatten(1, 2), mean], 1))
             self.encode.append({kind: EncodeTables.of(getattr(group, kind)) for kind in KINDS})
+        modalities = codec.num_modalities
+        self.packed_absorb = [
+            PackedMatrix.of(matrix, lanes, [layout.head_size]) for matrix in self.absorb
+        ]
+        self.packed_up = [
+            PackedMatrix.of(
+                matrix, lanes, [*value_lanes(group.value, lanes) * modalities, modalities]
+            )
+            for matrix, group in zip(self.up, layout.groups, strict=True)
+        ]
         self.widths = [up.shape[1] for up in self.up]
         self._layout = layout
         self._tables: dict[int, Tensor] = {}
@@ -128,6 +186,16 @@ def value_order(counts: PlaneCounts, lanes: int) -> Tensor:
                 )
         start += dims
     return torch.tensor(order)
+
+
+def value_lanes(counts: PlaneCounts, lanes: int) -> list[int]:
+    """How many places each plane has in `value_order`."""
+    widths = []
+    for bits, dims in counts:
+        per_byte = 1 if bits == 16 else 8 // bits
+        if dims:
+            widths.append(-(-dims // (per_byte * lanes)) * lanes * per_byte)
+    return widths
 
 
 def _by_head(codec: PlaneCodec, layout: LayerLayout) -> tuple[Tensor, Tensor]:

@@ -43,6 +43,24 @@ struct Attend {
     float* lse;                   // [T, Hq]
 };
 
+// out[b] = factor * x[b] @ matrix[b] for `batch` matrices of 16-bit integers, each with its rows in
+// segments of at most kSegment that have a scale per column; see `plan.py` for the order. Rows of
+// `x` are numbered (token, repeat); strides count elements, those along a row are one.
+constexpr int64_t kSegment = 128;
+
+struct Project {
+    int64_t threads, batch, tokens, repeats, width, segments;
+    int64_t x_batch, x_token, x_repeat;
+    int64_t out_batch, out_token, out_repeat;
+    int64_t bfloat16;  // x is; else float
+    double factor;
+    const int64_t* bounds;  // [segments + 1]: where they begin, even, and the end
+    const void* x;
+    const int16_t* matrix;  // [batch, panels, steps, columns of a panel, 2]
+    const float* scale;     // [batch, segments, columns of all panels]
+    float* out;
+};
+
 struct Store {
     int64_t threads, tokens, rank, block_size, block_bytes;
     int64_t modalities;

@@ -76,21 +76,43 @@ struct Floats {
     static AP_INLINE Float value(Sum acc) { return acc; }
 };
 
+// Rows and vectors of a register block: as many sums as there are registers for, beside the columns.
+constexpr int kBlockRows = kLanes == 16 ? 4 : 2;
+constexpr int kBlockVectors = 4;
+
 // out[r][n] = sum over steps of left[r][step] * right[step][n]; a register block.
 template <class A, int ROWS, int N>
 AP_INLINE void multiply(const int32_t* left, int64_t left_stride, const Int* right,
                         int64_t right_stride, int steps, typename A::Sum (&out)[ROWS][N]) {
     for (int r = 0; r < ROWS; ++r)
         for (int n = 0; n < N; ++n) out[r][n] = typename A::Sum{};
-    for (int s = 0; s < steps; ++s) {
+    const auto one = [&](int s) {
         Int column[N];
-        for (int n = 0; n < N; ++n) column[n] = right[s * right_stride + n];
+        for (int n = 0; n < N; ++n) column[n] = pinned(right[s * right_stride + n]);
         for (int r = 0; r < ROWS; ++r) {
-            for (int n = 0; n < N; ++n) {
+            for (int n = 0; n < N; ++n)
                 out[r][n] = pinned(A::step(out[r][n], left[r * left_stride + s], column[n]));
-            }
         }
+    };
+    int s = 0;
+    for (; s + 2 <= steps; s += 2) {
+        one(s);
+        one(s + 1);
     }
+    if (s < steps) one(s);
+}
+
+// Calls f(vectors of the block, first vector) for blocks of 4, 2 and 1 vectors, constant expressions.
+template <class F>
+AP_INLINE void for_vector_blocks(int vectors, F f) {
+    int v = 0;
+    for (; v + kBlockVectors <= vectors; v += kBlockVectors)
+        f(std::integral_constant<int, kBlockVectors>{}, v);
+    if (v + 2 <= vectors) {
+        f(std::integral_constant<int, 2>{}, v);
+        v += 2;
+    }
+    if (v < vectors) f(std::integral_constant<int, 1>{}, v);
 }
 
 constexpr int zero_doubled(int64_t bits) { return bits == 16 ? 0 : (1 << bits) - 1; }
@@ -159,24 +181,24 @@ float largest_magnitude(const float* from, int64_t count) {
     return largest(top);
 }
 
-// Whole numbers of at most `limit` for `count` floats; returns what one of them stands for, and
-// their sum.
+// Whole numbers of at most `limit` for `count` floats, none of them larger than `most`; returns what
+// one of them stands for, and their sum.
 template <class T>
-float quantize(const float* from, int64_t count, float limit, void* to, float* total) {
-    const float scale = std::max(largest_magnitude(from, count), 1e-30f) / limit;
+float quantize(const float* from, int64_t count, float most, float limit, void* to, float* total) {
+    const float scale = std::max(most, 1e-30f) / limit;
     const float inverse = 1.0f / scale;
-    typedef T Narrow __attribute__((vector_size(sizeof(T) * kLanes)));
     Int sums{};
     for (int64_t i = 0; i < count; i += kLanes) {
         const Int rounded = to_int(part(from, i, count) * inverse);
-        const Narrow narrow = __builtin_convertvector(rounded, Narrow);
+        const auto narrow = narrowed<T>(rounded);
         const int64_t lanes = std::min<int64_t>(kLanes, count - i);
-        std::memcpy(static_cast<T*>(to) + i, &narrow, lanes * sizeof(T));
+        if (lanes == kLanes)
+            store(static_cast<T*>(to) + i, narrow);
+        else
+            std::memcpy(static_cast<T*>(to) + i, &narrow, lanes * sizeof(T));
         sums += rounded;
     }
-    float sum_of_floats = 0;
-    for (int i = 0; i < kLanes; ++i) sum_of_floats += float(sums[i]);
-    *total = sum_of_floats;
+    *total = sum(to_float(sums));
     return scale;
 }
 
@@ -342,49 +364,53 @@ class Attention {
 
     void prepare_queries() {
         const int64_t rank = group_.key.rank;
+        const float* rows[kMaxRows];
+        for (int64_t row = 0; row < piece_.rows; ++row) rows[row] = query(row);
         for (int64_t m = 0; m < args_.modalities; ++m) {
             Queries& q = queries_[m];
             for (int64_t row = 0; row < piece_.rows; ++row) {
-                q.mean_logit[row] = query(row)[args_.modalities * rank + m];
+                q.mean_logit[row] = rows[row][args_.modalities * rank + m];
                 q.bias[row] = 0;
             }
-            int64_t segment = 0, dim = 0;
+            int64_t segment = 0, dim = m * rank, step = 0;
             for_segments(group_.key, [&](const Plane& plane, int64_t, int64_t words) {
                 const int64_t dims = words * 32 / plane.bits;
-                q.quads[segment] = A::kNarrow && plane.bits == 2 && narrow(m, dim, dims);
+                float magnitude[kMaxRows];
                 for (int64_t row = 0; row < piece_.rows; ++row)
-                    prepare_segment(q, row, query(row) + m * rank, plane, segment, dim, dims);
+                    magnitude[row] = largest_magnitude(rows[row] + dim, dims);
+                q.quads[segment] =
+                    A::kNarrow && plane.bits == 2 &&
+                    *std::max_element(magnitude, magnitude + piece_.rows) <= narrow_limit();
+                for (int64_t row = 0; row < piece_.rows; ++row)
+                    prepare_segment(q, row, rows[row] + dim, magnitude[row], plane, segment, step,
+                                    dims);
                 dim += dims;
+                step += dims / A::kPerStep;
                 ++segment;
             });
         }
     }
 
-    // Whether 8-bit queries leave the logits of all rows as they are, but for kQuadError. A number
+    // Up to what magnitude 8-bit queries leave the logits as they are, but for kQuadError. A number
     // is off by 0.29 steps, a code by 1.1 from zero, and scales of tokens are about one.
-    bool narrow(int64_t m, int64_t dim, int64_t dims) const {
-        const float limit =
-            kLargest8 * kQuadError / (0.29f * 1.1f * std::sqrt(float(group_.key.rank)));
-        for (int64_t row = 0; row < piece_.rows; ++row)
-            if (largest_magnitude(query(row) + m * group_.key.rank + dim, dims) > limit)
-                return false;
-        return true;
+    float narrow_limit() const {
+        return kLargest8 * kQuadError / (0.29f * 1.1f * std::sqrt(float(group_.key.rank)));
     }
 
-    void prepare_segment(Queries& q, int64_t row, const float* query, const Plane& plane,
-                         int64_t segment, int64_t dim, int64_t dims) {
-        int32_t* out = q.steps + row * q.stride + dim / A::kPerStep;
+    void prepare_segment(Queries& q, int64_t row, const float* query, float most,
+                         const Plane& plane, int64_t segment, int64_t step, int64_t dims) {
+        int32_t* out = q.steps + row * q.stride + step;
         float& scale = q.scale[row * q.segments + segment];
         if constexpr (A::kPerStep == 1) {
-            std::memcpy(out, query + dim, dims * 4);
+            std::memcpy(out, query, dims * 4);
             scale = 1;
         } else {
             float total;
             if (q.quads[segment]) {
-                scale = quantize<int8_t>(query + dim, dims, kLargest8, out, &total);
+                scale = quantize<int8_t>(query, dims, most, kLargest8, out, &total);
                 order_quads(out, dims / 4);
             } else {
-                scale = quantize<int16_t>(query + dim, dims, kLargest16, out, &total);
+                scale = quantize<int16_t>(query, dims, most, kLargest16, out, &total);
             }
             q.bias[row] -= scale * 0.5f * float(zero_doubled(plane.bits)) * total;
         }
@@ -462,14 +488,9 @@ class Attention {
 
     template <class B>
     AP_INLINE void key_columns(const KeyWork& work, int vectors) {
-        for (int v = 0; v < vectors; v += 2) {
-            for_row_blocks([&](auto size, int64_t row) {
-                if (v + 1 < vectors)
-                    key_block<B, size, 2>(work, row, v);
-                else
-                    key_block<B, size, 1>(work, row, v);
-            });
-        }
+        for_vector_blocks(vectors, [&](auto n, int v) {
+            for_row_blocks([&](auto size, int64_t row) { key_block<B, size, n>(work, row, v); });
+        });
     }
 
     template <class B, int ROWS, int N>
@@ -522,13 +543,13 @@ class Attention {
             s_->weight_scale[row] = 1;
             s_->weight_zero[row] = 0;
         } else {
-            s_->weight_scale[row] = quantize<int16_t>(logits, padded, kLargest16, s_->weights[row],
-                                                      &s_->weight_zero[row]);
             const float most = largest(heaviest);
+            s_->weight_scale[row] = quantize<int16_t>(logits, padded, most, kLargest16,
+                                                      s_->weights[row], &s_->weight_zero[row]);
             s_->even[row] = A::kNarrow && most * most * float(tile.count) <=
                                               kEvenWeights * kEvenWeights * attentionpack::sum(energy);
             if (s_->even[row])
-                s_->quad_scale[row] = quantize<int8_t>(logits, padded, kLargest8,
+                s_->quad_scale[row] = quantize<int8_t>(logits, padded, most, kLargest8,
                                                        s_->quad_weights[row], &s_->quad_zero[row]);
         }
     }
@@ -585,12 +606,13 @@ class Attention {
         bool even, uneven;
     };
 
-    // Calls f(rows, first row) for blocks of four rows and then for single ones; the number of rows
-    // is a constant expression.
+    // Calls f(rows, first row) for blocks of rows and then for single ones; the number of rows is a
+    // constant expression.
     template <class F>
     AP_INLINE void for_row_blocks(F f) {
         int64_t row = 0;
-        for (; row + 4 <= piece_.rows; row += 4) f(std::integral_constant<int, 4>{}, row);
+        for (; row + kBlockRows <= piece_.rows; row += kBlockRows)
+            f(std::integral_constant<int, kBlockRows>{}, row);
         for (; row < piece_.rows; ++row) f(std::integral_constant<int, 1>{}, row);
     }
 
@@ -626,12 +648,8 @@ class Attention {
 
     template <class B, int ROWS>
     AP_INLINE void value_columns(const ValueWork& work, int64_t row, int vectors) {
-        for (int v = 0; v < vectors; v += 2) {
-            if (v + 1 < vectors)
-                value_block<B, ROWS, 2>(work, row, v);
-            else
-                value_block<B, ROWS, 1>(work, row, v);
-        }
+        for_vector_blocks(vectors,
+                          [&](auto n, int v) { value_block<B, ROWS, n>(work, row, v); });
     }
 
     template <class B, int ROWS, int N>
@@ -646,10 +664,10 @@ class Attention {
                              quads ? work.steps / 2 : work.steps, acc);
         for (int r = 0; r < ROWS; ++r) {
             const float keep = s_->keep[row + r], scale = scales[row + r];
-            const float shift = work.zero * zeros[row + r];
+            const float shift = work.zero * zeros[row + r] * scale;
             for (int n = 0; n < N; ++n) {
                 float* to = sum(work.m, row + r) + work.lane + (v + n) * kLanes;
-                store(to, load<Float>(to) * keep + (B::value(acc[r][n]) - shift) * scale);
+                store(to, B::value(acc[r][n]) * scale + (load<Float>(to) * keep - shift));
             }
         }
     }

@@ -263,4 +263,16 @@ void ap_store(const void* chosen, const Store* args) {
     });
 }
 
+void ap_project(const void* chosen, const Project* args) {
+    const Kernels& kernels = *static_cast<const Kernels*>(chosen);
+    const int64_t rows = args->tokens * args->repeats;
+    const int64_t turns = (rows + kMaxRows - 1) / kMaxRows;
+    const int64_t memory = kernels.project_memory(*args, std::min<int64_t>(rows, kMaxRows));
+    parallel(args->threads, args->batch * turns, [&](int64_t i) {
+        const int64_t first = i % turns * kMaxRows;
+        kernels.project(*args, i / turns, first, std::min<int64_t>(kMaxRows, rows - first),
+                        thread_memory(memory));
+    });
+}
+
 }  // extern "C"

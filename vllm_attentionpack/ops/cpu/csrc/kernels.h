@@ -47,6 +47,8 @@ struct Kernels {
     int64_t (*attend_memory)(const Attend&, int64_t rows, int64_t rank);
     int64_t (*value_lanes)(const Side&);
     void (*store)(const Store&, int64_t token, float* memory);
+    void (*project)(const Project&, int64_t batch, int64_t first_row, int64_t rows, uint8_t* memory);
+    int64_t (*project_memory)(const Project&, int64_t rows);
 };
 
 extern const Kernels kScalarKernels;

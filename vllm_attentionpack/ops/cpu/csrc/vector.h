@@ -141,6 +141,25 @@ AP_INLINE Int quad_sum(Int acc) {
 #endif
 }
 
+// The lanes as integers of type T, which holds them.
+template <class T>
+AP_INLINE auto narrowed(Int x) {
+    typedef T Narrow __attribute__((vector_size(sizeof(T) * kLanes)));
+#if defined(AP_AVX2)
+    // What the compiler makes of the conversion to bytes goes by way of single lanes.
+    if constexpr (sizeof(T) == 1) {
+        const __m256i low = _mm256_set1_epi32(0x0c080400);
+        const __m256i quads = _mm256_shuffle_epi8((__m256i)x, low);
+        const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(quads),
+                                                _mm256_extracti128_si256(quads, 1));
+        Narrow result;
+        _mm_storel_epi64((__m128i*)&result, both);
+        return result;
+    }
+#endif
+    return __builtin_convertvector(x, Narrow);
+}
+
 // The bytes of a row, one per lane.
 AP_INLINE Word load_bytes(const uint8_t* from) {
 #if defined(AP_AVX2)

@@ -1,0 +1,120 @@
+// The maps in and out, `x @ matrix`, of a few rows: for one instruction set.
+//
+// The general products of a BLAS bring both matrices into an order of their own at every call, which
+// for a few rows costs as much as the product. Here the matrix has its order since it was loaded,
+// and rows are rounded to integers as attention rounds them, which doubles the products per cycle.
+#pragma once
+
+#include "attend.h"
+
+namespace attentionpack {
+namespace {
+
+constexpr int kPanel = kBlockVectors * kLanes;  // columns of a register block
+// 128 products of two numbers of 12 bits and a sign still fit an int32.
+constexpr float kLargest13 = 4095.0f;
+
+int64_t project_memory(const Project& args, int64_t rows) {
+    const int64_t depth = args.bounds[args.segments];
+    return rows * ((depth + 1) / 2 + args.segments) * 4 + depth * 4 + 256;
+}
+
+class Projection {
+  public:
+    Projection(const Project& args, int64_t batch, uint8_t* memory, int64_t rows)
+        : args_(args), batch_(batch), depth_(args.bounds[args.segments]) {
+        steps_ = (depth_ + 1) / 2;
+        panels_ = (args.width + kPanel - 1) / kPanel;
+        row_ = reinterpret_cast<float*>(memory);
+        scale_ = row_ + depth_;
+        left_ = reinterpret_cast<int32_t*>(scale_ + rows * args.segments);
+    }
+
+    void run(int64_t first, int64_t rows) {
+        for (int64_t row = 0; row < rows; ++row) prepare(first + row, row);
+        for (int64_t panel = 0; panel < panels_; ++panel) {
+            int64_t row = 0;
+            for (; row + kBlockRows <= rows; row += kBlockRows) block<kBlockRows>(first, row, panel);
+            for (; row < rows; ++row) block<1>(first, row, panel);
+        }
+    }
+
+  private:
+    void prepare(int64_t from, int64_t row) {
+        const int64_t at = batch_ * args_.x_batch + from / args_.repeats * args_.x_token +
+                           from % args_.repeats * args_.x_repeat;
+        if (args_.bfloat16) {
+            const uint16_t* x = static_cast<const uint16_t*>(args_.x) + at;
+            for (int64_t i = 0; i < depth_; ++i) {
+                const uint32_t word = uint32_t(x[i]) << 16;
+                std::memcpy(row_ + i, &word, 4);
+            }
+        } else {
+            std::memcpy(row_, static_cast<const float*>(args_.x) + at, depth_ * 4);
+        }
+        int32_t* out = left_ + row * steps_;
+        out[steps_ - 1] = 0;  // the second number of a pair that has one
+        for (int64_t s = 0; s < args_.segments; ++s) {
+            const int64_t dim = args_.bounds[s], dims = args_.bounds[s + 1] - dim;
+            const float most = largest_magnitude(row_ + dim, dims);
+            float total;
+            scale_[row * args_.segments + s] =
+                float(args_.factor) *
+                quantize<int16_t>(row_ + dim, dims, most, kLargest13, out + dim / 2, &total);
+        }
+    }
+
+    template <int ROWS>
+    void block(int64_t first, int64_t row, int64_t panel) {
+        const int64_t columns = panels_ * kPanel;
+        const Int* right = reinterpret_cast<const Int*>(args_.matrix) +
+                           (batch_ * panels_ + panel) * steps_ * kBlockVectors;
+        const float* scale = args_.scale + batch_ * args_.segments * columns + panel * kPanel;
+        alignas(64) float sums[ROWS][kPanel];
+        for (int64_t s = 0; s < args_.segments; ++s) {
+            const int64_t step = args_.bounds[s] / 2;
+            add_segment<ROWS>(left_ + row * steps_ + step, right + step * kBlockVectors,
+                              int((args_.bounds[s + 1] + 1) / 2 - step),
+                              scale_ + row * args_.segments + s, scale + s * columns, s == 0, sums);
+        }
+        const int64_t left = std::min<int64_t>(kPanel, args_.width - panel * kPanel);
+        for (int r = 0; r < ROWS; ++r) {
+            const int64_t at = first + row + r;
+            float* out = args_.out + batch_ * args_.out_batch +
+                         at / args_.repeats * args_.out_token +
+                         at % args_.repeats * args_.out_repeat + panel * kPanel;
+            std::memcpy(out, sums[r], left * sizeof(float));
+        }
+    }
+
+    // A function of its own, so that the sums of all segments take no registers from the block.
+    template <int ROWS>
+    __attribute__((noinline)) void add_segment(const int32_t* left, const Int* right, int steps,
+                                               const float* row_scale, const float* scale,
+                                               bool first, float (*sums)[kPanel]) const {
+        Int acc[ROWS][kBlockVectors];
+        multiply<Integers<false>, ROWS, kBlockVectors>(left, steps_, right, kBlockVectors, steps,
+                                                       acc);
+        for (int r = 0; r < ROWS; ++r) {
+            for (int n = 0; n < kBlockVectors; ++n) {
+                float* sum = sums[r] + n * kLanes;
+                const Float before = first ? Float{} : load<Float>(sum);
+                store(sum, before + to_float(acc[r][n]) * (load<Float>(scale + n * kLanes) *
+                                                           row_scale[r * args_.segments]));
+            }
+        }
+    }
+
+    const Project& args_;
+    int64_t batch_, depth_, steps_, panels_;
+    float *row_, *scale_;
+    int32_t* left_;  // [rows][steps], pairs of 16-bit integers
+};
+
+void project_rows(const Project& args, int64_t batch, int64_t first, int64_t rows,
+                  uint8_t* memory) {
+    Projection(args, batch, memory, rows).run(first, rows);
+}
+
+}  // namespace
+}  // namespace attentionpack
