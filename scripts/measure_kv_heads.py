@@ -15,8 +15,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from reference_vlm.batch import Batcher
 from reference_vlm.corpus import held_out_text
-from reference_vlm.heads import KEPT, batches, contributions, spectra
+from reference_vlm.heads import KEPT, batches, contributions, loss_without, spectra
 from reference_vlm.tasks import Sampler
+from reference_vlm.widen import trained_heads
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
 
@@ -25,6 +26,13 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("--tokens", type=int, default=2000, help="about this many per task")
     parser.add_argument("--seed", type=int, default=990_001)
+    parser.add_argument(
+        "--widened",
+        type=int,
+        nargs=2,
+        metavar=("SEED", "HEADS"),
+        help="seed and KV heads that widen.py started from: also the loss without either kind",
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -39,6 +47,13 @@ def main() -> int:
         "loss": loss,
         "loss_added_without_head": added,
     }
+    if options.widened:
+        seed, narrow = options.widened
+        old = trained_heads(seed, len(added), narrow, len(added[0]))
+        new = [[h for h in range(len(added[0])) if h not in heads] for heads in old]
+        for name, silent in (("trained", old), ("fresh", new)):
+            later = {layer: heads for layer, heads in enumerate(silent) if layer}
+            result[f"loss_without_{name}_heads"] = loss_without(model, data, later)
     for i, row in enumerate(result["layers"]):
         print(f"layer {i}:", " ".join(f"{name} {value:.3f}" for name, value in row.items()))
         print("  without head:", " ".join(f"{value:+.3f}" for value in added[i]))

@@ -28,6 +28,8 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=EXAMPLE / "model")
     parser.add_argument("--data", type=Path, default=EXAMPLE / "calibrate.jsonl")
     parser.add_argument("--heldout", type=Path, default=EXAMPLE / "heldout.jsonl")
+    parser.add_argument("--calibration-tokens", type=int, help="stop gathering after so many")
+    parser.add_argument("--sensitivity-tokens", type=int, default=8192)
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--max-context", type=int, default=512)
     parser.add_argument("--ratios", type=float, nargs="+", default=[4, 8, 12, 16])
@@ -48,7 +50,12 @@ def main() -> int:
         pack = Path(folder) / "pack.safetensors"
         for ratio, (sinks, window) in product(options.ratios, options.exact):
             exact = {"sinks": sinks, "window": window}
-            settings = {**exact, "max_context": options.max_context}
+            settings = {
+                **exact,
+                "max_context": options.max_context,
+                "max_tokens": options.calibration_tokens,
+                "sensitivity_tokens": options.sensitivity_tokens,
+            }
             calibrate(model, options.data, ratio, pack, **settings, **engine)
             found = evaluate(model, pack, options.heldout, engine, dense=dense)
             rows.append({"asked": ratio, **exact, **found.model_dump()})

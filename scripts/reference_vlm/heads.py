@@ -1,6 +1,6 @@
 """Are a model's KV heads natural?  Spectra of keys and values, and what every head contributes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -66,19 +66,27 @@ def contributions(model: nn.Module, data: list[Batch]) -> tuple[float, list[list
     """
     layers = model.model.language_model.layers
     base = _loss(model, data)
-    added = []
-    for layer in layers:
-        attention = layer.self_attn
+    heads = layers[0].self_attn.k_proj.out_features // layers[0].self_attn.head_dim
+    return base, [
+        [loss_without(model, data, {layer: [head]}) - base for head in range(heads)]
+        for layer in range(len(layers))
+    ]
+
+
+@torch.no_grad()
+def loss_without(model: nn.Module, data: list[Batch], silent: Mapping[int, list[int]]) -> float:
+    """Loss in nats per supervised token when the KV heads `silent`, by layer, are absent."""
+    layers = model.model.language_model.layers
+    kept = {layer: layers[layer].self_attn.o_proj.weight.clone() for layer in silent}
+    for layer, heads in silent.items():
+        attention = layers[layer].self_attn
         columns = attention.head_dim * attention.num_key_value_groups
-        weight, row = attention.o_proj.weight, []
-        for start in range(0, weight.shape[1], columns):
-            kept = weight[:, start : start + columns].detach().clone()
-            with torch.no_grad():
-                weight[:, start : start + columns] = 0
-                row.append(_loss(model, data) - base)
-                weight[:, start : start + columns] = kept
-        added.append(row)
-    return base, added
+        for head in heads:
+            attention.o_proj.weight[:, head * columns : (head + 1) * columns] = 0
+    loss = _loss(model, data)
+    for layer, weight in kept.items():
+        layers[layer].self_attn.o_proj.weight.copy_(weight)
+    return loss
 
 
 def table(result: dict, trained: list[list[int]]) -> str:

@@ -11,8 +11,9 @@ import pytest
 pytest.importorskip("transformers")
 
 from PIL import Image
-from reference_vlm import dataset, measure, verify
+from reference_vlm import dataset, heads, measure, verify
 from reference_vlm.tokenizer import build_tokenizer
+from reference_vlm.widen import trained_heads
 from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -231,10 +232,11 @@ def test_model_card_shows_the_stored_measurement():
 
 
 def test_subjects_document_shows_the_stored_measurement():
-    result = json.loads((ROOT / "docs" / "results" / "wide_vlm_dense.json").read_text())
+    result = json.loads((ROOT / "docs" / "results" / "wide_vlm_heads.json").read_text())
     shown = (ROOT / "docs" / "subjects.md").read_text()
-    assert measure.table(result) in shown
-    assert measure.length_table(result) in shown
+    assert heads.table(result, trained_heads(1, 4, 2, 8)) in shown
+    for loss in ("loss", "loss_without_trained_heads", "loss_without_fresh_heads"):
+        assert f"{result[loss]:.2f}" in shown
 
 
 def test_files_stay_small():
