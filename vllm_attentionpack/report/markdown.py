@@ -69,7 +69,7 @@ def _packs(result: dict[str, Any]) -> str:
         f"vLLM {machine['vllm']}, torch {machine['torch']}, bf16, {machine['cpu']}; "
         f"{first['overall']['n']} held-out items. KL in nats per token, teacher-forced; answers "
         "generated. Every token, prompts included, attends to codes but for the exact tokens. "
-        f"Capacity for requests of {result['engine']['max_model_len']:,} tokens, as vLLM reports it.",
+        f"Capacity by vLLM for requests of {result['engine']['max_model_len']:,} tokens.",
     ]
     return "\n".join(lines)
 
