@@ -123,9 +123,10 @@ def test_exact_pages_give_the_dense_distribution(engines, case, tmp_path):
     # Keys and values are rounded to bfloat16 in the cache, in every dtype: 8 bits of 24 or 11.
     assert error.mean() < effect / 40
     assert error.max() < effect / 8
-    # Generated tokens: the same but for near ties, after which contexts differ.
+    # Generated tokens: the same but for near ties, after which contexts differ. Logits of random
+    # weights in bfloat16 are in steps of a sixteenth, so ties come soon.
     found = agreement(dense, outputs)
-    assert found.agreed >= NEW_TOKENS
+    assert found.agreed >= NEW_TOKENS // 2
     assert all(gap < effect / 8 for gap in found.gaps)
     assert found.noise < effect / 8
     if case.kind == "llava":
