@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from calibration_study import questions
-from calibration_study.options import started, subject_parser
+from calibration_study.options import simulation_parser, started
 from calibration_study.questions import Study
 from calibration_study.setting import store
 
@@ -30,7 +30,7 @@ QUESTIONS: dict[str, Callable[[Study], None]] = {
 
 
 def main() -> int:
-    parser = subject_parser(__doc__)
+    parser = simulation_parser(__doc__)
     parser.add_argument("--ratio", type=float, default=8.0)
     parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
     options = parser.parse_args()

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from calibration_study.options import started, subject_parser
+from calibration_study.options import simulation_parser, started
 from calibration_study.setting import drawn_items, store
 
 from vllm_attentionpack.evaluate.baselines.catalogue import baselines
@@ -22,7 +22,7 @@ from vllm_attentionpack.evaluate.simulate.measure import Simulator
 
 
 def main() -> int:
-    parser = subject_parser(__doc__)
+    parser = simulation_parser(__doc__)
     parser.add_argument("--draw", action="store_true", help="instead of --heldout")
     parser.add_argument("--group-sizes", type=int, nargs="+", help="[default: all]")
     parser.add_argument("--baselines", nargs="+", help="only those with one of these in the name")

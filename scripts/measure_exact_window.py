@@ -9,7 +9,7 @@ of a bfloat16 model on blocks of the default geometry.
 import sys
 from itertools import product
 
-from calibration_study.options import started, subject_parser
+from calibration_study.options import simulation_parser, started
 from calibration_study.setting import store
 
 from vllm_attentionpack.calibrate.settings import DEFAULT_SINKS
@@ -20,7 +20,7 @@ CONTEXTS = (2048, 32768)
 
 
 def main() -> int:
-    parser = subject_parser(__doc__)
+    parser = simulation_parser(__doc__)
     parser.add_argument("--ratios", type=float, nargs="+", default=[4, 8, 12, 16])
     parser.add_argument("--windows", type=int, nargs="+", default=[0, 16, 32, 64, 128])
     parser.add_argument("--sinks", type=int, nargs="+", default=[0, 1, 4, 16])

@@ -5,12 +5,13 @@ Every row is calibrated as `attentionpack calibrate` does, served by the real en
 on held-out items with one dense run of the same engine. A minute or two per row on two cores.
 """
 
-import argparse
 import json
 import sys
 import tempfile
 from itertools import product
 from pathlib import Path
+
+from calibration_study.options import subject_parser
 
 from vllm_attentionpack.calibrate.run import calibrate
 from vllm_attentionpack.evaluate.answers import run_engine
@@ -18,20 +19,9 @@ from vllm_attentionpack.evaluate.data import read_dataset
 from vllm_attentionpack.evaluate.run import TOP_LOGPROBS, evaluate
 from vllm_attentionpack.report.machine import describe_machine
 
-ROOT = Path(__file__).resolve().parents[1]
-EXAMPLE = ROOT / "examples" / "reference-vlm"
-
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--name", default="reference_vlm", help="of the result file")
-    parser.add_argument("--model", type=Path, default=EXAMPLE / "model")
-    parser.add_argument("--data", type=Path, default=EXAMPLE / "calibrate.jsonl")
-    parser.add_argument("--heldout", type=Path, default=EXAMPLE / "heldout.jsonl")
-    parser.add_argument("--calibration-tokens", type=int, help="stop gathering after so many")
-    parser.add_argument("--sensitivity-tokens", type=int, default=8192)
-    parser.add_argument("--max-model-len", type=int, default=2048)
-    parser.add_argument("--max-context", type=int, default=512)
+    parser = subject_parser(__doc__)
     parser.add_argument("--ratios", type=float, nargs="+", default=[4, 8, 12, 16])
     parser.add_argument(
         "--exact",
@@ -40,7 +30,6 @@ def main() -> int:
         default=[(0, 0), (4, 32), (4, 64)],
         help="sinks and window, as 4+64",
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     options = parser.parse_args()
     engine = {"dtype": "bfloat16", "max_model_len": options.max_model_len}
     model = str(options.model)

@@ -17,7 +17,6 @@ def subject_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, default=EXAMPLE / "model")
     parser.add_argument("--data", type=Path, default=EXAMPLE / "calibrate.jsonl")
     parser.add_argument("--heldout", type=Path, default=EXAMPLE / "heldout.jsonl")
-    parser.add_argument("--heldout-tokens", type=int, help="use whole items up to so many")
     parser.add_argument("--calibration-tokens", type=int, help="stop gathering after so many")
     parser.add_argument("--sensitivity-tokens", type=int, default=SENSITIVITY_TOKENS)
     parser.add_argument("--max-model-len", type=int, default=2048)
@@ -26,9 +25,16 @@ def subject_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def simulation_parser(description: str | None) -> argparse.ArgumentParser:
+    """The same for what runs in one engine, which need not take all items."""
+    parser = subject_parser(description)
+    parser.add_argument("--heldout-tokens", type=int, help="use whole items up to so many")
+    return parser
+
+
 @contextmanager
 def started(options: argparse.Namespace) -> Iterator[Setting]:
-    """The running engine on what `subject_parser` read."""
+    """The running engine on what `simulation_parser` read."""
     with Setting.start(
         options.model, options.data, options.max_model_len, options.calibration_tokens
     ) as setting:

@@ -232,16 +232,10 @@ class Setting:
         kinds = {item.extra.get("modality") for item in self.dataset.items}
         return 2 if {"visual", "text"} <= kinds else 1
 
-    def fitted(
-        self,
-        group_size: int,
-        max_context: int,
-        modalities: int | None = None,
-        exact: ExactTokens | None = None,
-    ) -> Fitted:
-        """As `attentionpack calibrate` would fit for a server that keeps `exact`."""
+    def fitted(self, group_size: int, max_context: int, modalities: int | None = None) -> Fitted:
+        """As `attentionpack calibrate` would fit for a server that keeps no token exact."""
         statistics = self.statistics(group_size, max_context, modalities or self.modalities)
-        return self.priced(Assembler(statistics, group_size, REGULARIZATION), exact=exact)
+        return self.priced(Assembler(statistics, group_size, REGULARIZATION))
 
     @property
     def sensitivity_simulator(self) -> Simulator:
@@ -258,7 +252,7 @@ class Setting:
         make: MakeCodec | None = None,
         exact: ExactTokens | None = None,
     ) -> Fitted:
-        """With sensitivities measured on calibration prompts, as `attentionpack calibrate` does."""
+        """With sensitivities measured beside `exact`, as `attentionpack calibrate` does."""
         return self.priced_at(assembler, Fitted(assembler, None), make, exact)
 
     def priced_at(

@@ -134,7 +134,7 @@ class ExactWindowLayer(AttentionLayerBase):
     def __init__(self, name: str, owners: Mapping[str, Attention], state: EngineState) -> None:
         first = next(iter(owners.values()))
         self.name = name
-        self.owners = list(owners)
+        self.place = {owner: index for index, owner in enumerate(owners)}
         self.state = state
         self.num_heads = first.num_heads
         self.num_kv_heads = first.num_kv_heads
@@ -163,5 +163,5 @@ class ExactWindowLayer(AttentionLayerBase):
 
     def pages(self, owner: str) -> Tensor:
         """One owner's part of the cache, `[num_blocks, S, 2, Hk, D]`."""
-        shape = (len(self.owners), 2, self.num_kv_heads, self.head_size)
-        return self.kv_cache[:, 0].unflatten(-1, shape)[:, :, self.owners.index(owner)]
+        shape = (len(self.place), 2, self.num_kv_heads, self.head_size)
+        return self.kv_cache[:, 0].unflatten(-1, shape)[:, :, self.place[owner]]
