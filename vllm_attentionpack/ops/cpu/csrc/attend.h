@@ -223,8 +223,7 @@ AP_INLINE void unpack_value_chunk(const uint8_t* const* rows, int64_t byte, int 
         Word word{};
         for (int e = 0; e < A::kPerStep; ++e) {
             const uint8_t* from = rows[s * A::kPerStep + e] + byte;
-            const Word read = whole ? load_bytes(from)
-                                    : __builtin_convertvector(load_head<Bytes>(from, bytes), Word);
+            const Word read = whole ? load_bytes(from) : load_bytes(from, bytes);
             word |= read << (spread % 32 * e);
         }
         for (int k = 0; k < 8 / BITS; ++k) {

@@ -171,6 +171,18 @@ AP_INLINE Word load_bytes(const uint8_t* from) {
 #endif
 }
 
+// The first `count` bytes of a row, a multiple of 4 and fewer than lanes; zero in the other lanes.
+AP_INLINE Word load_bytes(const uint8_t* from, int count) {
+#if defined(AP_AVX512) || defined(AP_AVX512_VNNI)
+    return (Word)_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8((__mmask16)((1u << count) - 1), from));
+#elif defined(AP_AVX2)
+    (void)count;
+    return (Word)_mm256_cvtepu8_epi32(_mm_cvtsi32_si128(load<int>(from)));
+#else
+    return __builtin_convertvector(load_head<Bytes>(from, count), Word);
+#endif
+}
+
 // The whole vector at `i`, or its first `count - i` lanes and zeros.
 AP_INLINE Float part(const float* from, int64_t i, int64_t count) {
     if (i + kLanes <= count) return load<Float>(from + i);
