@@ -84,12 +84,17 @@ constexpr int kBlockVectors = 4;
 template <class A, int ROWS, int N>
 AP_INLINE void multiply(const int32_t* left, int64_t left_stride, const Int* right,
                         int64_t right_stride, int steps, typename A::Sum (&out)[ROWS][N]) {
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
         for (int n = 0; n < N; ++n) out[r][n] = typename A::Sum{};
     const auto one = [&](int s) {
         Int column[N];
+#pragma GCC unroll 8
         for (int n = 0; n < N; ++n) column[n] = pinned(right[s * right_stride + n]);
+#pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
             for (int n = 0; n < N; ++n)
                 out[r][n] = pinned(A::step(out[r][n], left[r * left_stride + s], column[n]));
         }
@@ -498,8 +503,10 @@ class Attention {
         typename B::Sum acc[ROWS][N];
         multiply<B, ROWS, N>(q.steps + row * q.stride + work.step, q.stride, s_->codes + v,
                              kSubVectors, work.steps, acc);
+#pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
             const float scale = q.scale[(row + r) * q.segments + work.segment];
+#pragma GCC unroll 8
             for (int n = 0; n < N; ++n) {
                 float* logit = s_->logits[row + r] + work.from + (v + n) * kLanes;
                 const Float before = work.segment ? load<Float>(logit) : splat(q.bias[row + r]);
@@ -661,9 +668,11 @@ class Attention {
         multiply<B, ROWS, N>(weights, quads ? kTile / 4 : kTile,
                              (quads ? s_->quad_codes : s_->codes) + v, kValueVectors,
                              quads ? work.steps / 2 : work.steps, acc);
+#pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
             const float keep = s_->keep[row + r], scale = scales[row + r];
             const float shift = work.zero * zeros[row + r] * scale;
+#pragma GCC unroll 8
             for (int n = 0; n < N; ++n) {
                 float* to = sum(work.m, row + r) + work.lane + (v + n) * kLanes;
                 store(to, B::value(acc[r][n]) * scale + (load<Float>(to) * keep - shift));
