@@ -20,7 +20,9 @@ namespace attentionpack {
 namespace {
 
 constexpr int kTile = 128;     // tokens whose weights share one scale
-constexpr int kSub = 32;       // tokens whose keys are unpacked at a time: 128 steps fill 16 KiB
+constexpr int kBlockVectors = 4;  // of a register block
+// Tokens whose keys are unpacked at a time: 128 steps fill 16 KiB, 32 with 16 lanes.
+constexpr int kSub = kBlockVectors * kLanes;
 constexpr int kSteps = 128;    // 255 * 32767 * 2 * 128 still fits an int32
 constexpr int kSubVectors = kSub / kLanes;
 constexpr int kValueVectors = 4;
@@ -78,7 +80,6 @@ struct Floats {
 
 // Rows and vectors of a register block: as many sums as there are registers for, beside the columns.
 constexpr int kBlockRows = kLanes == 16 ? 4 : 2;
-constexpr int kBlockVectors = 4;
 
 // out[r][n] = sum over steps of left[r][step] * right[step][n]; a register block.
 template <class A, int ROWS, int N>
