@@ -312,6 +312,14 @@ class Attention {
             s_->tiles[m].count = 0;
         }
         lanes_ = value_lanes(group_.value);
+        first_byte_ = std::numeric_limits<int64_t>::max();
+        for (const Side* side : {&group_.key, &group_.value}) {
+            for (int p = 0; p < side->num_planes; ++p) {
+                const Plane& plane = side->planes[p];
+                first_byte_ = std::min(first_byte_, plane.offset);
+                end_byte_ = std::max(end_byte_, plane.offset + plane.bytes * args.block_size);
+            }
+        }
     }
 
     void run() {
@@ -324,8 +332,11 @@ class Attention {
         const int32_t* table = args_.table + piece_.request * args_.table_stride;
         const int64_t size = args_.block_size;
         for (int64_t position = piece_.start; position < piece_.stop;) {
-            const uint8_t* block = args_.cache + int64_t(table[position / size]) * args_.block_bytes;
-            const int64_t end = std::min(piece_.stop, (position / size + 1) * size);
+            const int64_t index = position / size;
+            const uint8_t* block = args_.cache + int64_t(table[index]) * args_.block_bytes;
+            const int64_t end = std::min(piece_.stop, (index + 1) * size);
+            if (next_block_ <= index) next_block_ = index + 1, next_byte_ = first_byte_;
+            last_ahead_ = (end + 2 * kTile) / size;
             for (; position < end; ++position) append(block, int32_t(position % size), position);
         }
         for (int64_t m = 0; m < args_.modalities; ++m)
@@ -431,6 +442,18 @@ class Attention {
         }
     }
 
+    // Asks for a few lines of the blocks to come: one call beside every register block's work. Codes
+    // are read a few bytes per token, in an order that the processor does not foresee.
+    AP_INLINE void fetch_ahead() {
+        constexpr int64_t line = 64, lines = 16;
+        if (next_block_ > last_ahead_ || next_block_ * args_.block_size >= piece_.stop) return;
+        const int32_t* table = args_.table + piece_.request * args_.table_stride;
+        const uint8_t* block = args_.cache + int64_t(table[next_block_]) * args_.block_bytes;
+        const int64_t end = std::min(end_byte_, next_byte_ + lines * line);
+        for (; next_byte_ < end; next_byte_ += line) __builtin_prefetch(block + next_byte_, 0, 2);
+        if (next_byte_ >= end_byte_) ++next_block_, next_byte_ = first_byte_;
+    }
+
     void append(const uint8_t* block, int32_t slot, int64_t position) {
         const uint8_t byte = block[group_.key.scales + slot];
         const int64_t m = args_.modalities == 2 ? byte >> 7 : 0;
@@ -470,6 +493,7 @@ class Attention {
             for (int t = 0; t < count; t += 8)
                 for (int64_t w = 0; w < words; w += 8)
                     transpose_words(rows + t, 4 * (word + w), s_->words + w * kSub + t, kSub);
+            fetch_ahead();
             const int steps = int(words * 32 / plane.bits / A::kPerStep);
             KeyWork work{m, step, segment, steps, from};
             if (A::kNarrow && queries_[m].quads[segment]) {
@@ -586,6 +610,7 @@ class Attention {
             int vectors = 0;
             for (int64_t byte = 0; byte < plane.bytes; byte += chunk) {
                 const int bytes = int(std::min(chunk, plane.bytes - byte));
+                fetch_ahead();
                 if (A::kNarrow && plane.bits == 2) {
                     narrow_chunk(rows, byte, bytes, work);
                     work.lane += kValueVectors * kLanes;
@@ -687,6 +712,9 @@ class Attention {
     Scratch* s_;
     Queries queries_[2];
     int64_t lanes_;
+    // Bytes of this head group in a block, and how far they have been asked for.
+    int64_t first_byte_, end_byte_ = 0;
+    int64_t next_block_ = 0, next_byte_ = 0, last_ahead_ = 0;
 };
 
 }  // namespace
