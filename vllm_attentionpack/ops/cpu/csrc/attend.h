@@ -39,7 +39,7 @@ constexpr float kQuadError = 0.01f;
 struct Tile {
     int count = 0;
     const uint8_t* block[kTile];
-    int32_t slot[kTile];
+    int64_t slot[kTile];
     int32_t position[kTile];
     float key_scale[kTile];
     float value_scale[kTile];
@@ -337,7 +337,8 @@ class Attention {
             const int64_t end = std::min(piece_.stop, (index + 1) * size);
             if (next_block_ <= index) next_block_ = index + 1, next_byte_ = first_byte_;
             last_ahead_ = (end + 2 * kTile) / size;
-            for (; position < end; ++position) append(block, int32_t(position % size), position);
+            const int64_t first = index * size;
+            for (; position < end; ++position) append(block, position - first, position);
         }
         for (int64_t m = 0; m < args_.modalities; ++m)
             if (s_->tiles[m].count) process(m);
@@ -454,7 +455,7 @@ class Attention {
         if (next_byte_ >= end_byte_) ++next_block_, next_byte_ = first_byte_;
     }
 
-    void append(const uint8_t* block, int32_t slot, int64_t position) {
+    AP_INLINE void append(const uint8_t* block, int64_t slot, int64_t position) {
         const uint8_t byte = block[group_.key.scales + slot];
         const int64_t m = args_.modalities == 2 ? byte >> 7 : 0;
         Tile& tile = s_->tiles[m];
@@ -483,13 +484,23 @@ class Attention {
         tile.count = 0;
     }
 
+    // Where the codes of a plane begin, of `count` tokens; a multiple of 16 of them.
+    static AP_INLINE void find_rows(const Tile& tile, const Plane& plane, int from, int count,
+                                    const uint8_t** rows) {
+        const int64_t offset = plane.offset, bytes = plane.bytes;
+        const uint8_t* const* block = tile.block + from;
+        const int64_t* slot = tile.slot + from;
+        for (int t = 0; t < count; t += 8)
+#pragma GCC unroll 8
+            for (int i = t; i < t + 8; ++i) rows[i] = block[i] + (offset + slot[i] * bytes);
+    }
+
     void multiply_keys(int64_t m, int from, int count) {
         const Tile& tile = s_->tiles[m];
         const uint8_t* rows[kSub];
         int64_t step = 0, segment = 0;
         for_segments(group_.key, [&](const Plane& plane, int64_t word, int64_t words) {
-            for (int t = 0; t < count; ++t)
-                rows[t] = tile.block[from + t] + plane.offset + tile.slot[from + t] * plane.bytes;
+            find_rows(tile, plane, from, count, rows);
             for (int t = 0; t < count; t += 8)
                 for (int64_t w = 0; w < words; w += 8)
                     transpose_words(rows + t, 4 * (word + w), s_->words + w * kSub + t, kSub);
@@ -602,8 +613,7 @@ class Attention {
         ValueWork work{m, 0, padded / A::kPerStep, 0, even_rows > 0, even_rows < piece_.rows};
         for (int p = 0; p < group_.value.num_planes; ++p) {
             const Plane& plane = group_.value.planes[p];
-            for (int t = 0; t < padded; ++t)
-                rows[t] = tile.block[t] + plane.offset + tile.slot[t] * plane.bytes;
+            find_rows(tile, plane, 0, padded, rows);
             const int64_t chunk = plane.bits == 16 ? 2 * kLanes : kLanes;
             const int per_chunk = plane.bits == 16 ? 1 : int(8 / plane.bits);
             work.zero = 0.5f * float(zero_doubled(plane.bits));
