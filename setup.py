@@ -39,6 +39,7 @@ setup(
                 "-fno-trapping-math",
                 "-Wno-psabi",
                 "-Wno-maybe-uninitialized",
+                "-Wno-uninitialized",
                 *EXTRA,
             ],
             # -fopenmp is for the compiler only: PyTorch has loaded an OpenMP runtime already, and

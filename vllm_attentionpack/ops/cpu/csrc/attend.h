@@ -562,9 +562,13 @@ class Attention {
         for (int t = 0; t < padded; t += kLanes) {
             const Float x = load<Float>(logits + t) * load<Float>(tile.key_scale + t) + mean_logit;
             store(logits + t, x);
+            best = maximum(best, x);
         }
-        for (int t = seen; t < padded; ++t) logits[t] = -kInfinity;
-        for (int t = 0; t < padded; t += kLanes) best = maximum(best, load<Float>(logits + t));
+        if (seen < padded) {
+            for (int t = seen; t < padded; ++t) logits[t] = -kInfinity;
+            best = splat(-kInfinity);
+            for (int t = 0; t < seen; t += kLanes) best = maximum(best, load<Float>(logits + t));
+        }
         const float new_top = std::max(top, largest(best));
         s_->keep[row] = top == new_top ? 1.0f : std::exp(top - new_top);
         top = new_top;

@@ -68,17 +68,34 @@ constexpr int32_t kMagicBits = 0x4b400000;
 AP_INLINE Float round_even(Float x) { return (x + kMagic) - kMagic; }
 AP_INLINE Int to_int(Float x) { return (Int)(x + kMagic) - kMagicBits; }
 
+#if defined(AP_AVX512) || defined(AP_AVX512_VNNI)
+AP_INLINE float sum(Float x) { return _mm512_reduce_add_ps((__m512)x); }
+AP_INLINE float largest(Float x) { return _mm512_reduce_max_ps((__m512)x); }
+#elif defined(AP_AVX2)
+AP_INLINE float sum(Float x) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x),
+                                   _mm256_extractf128_ps((__m256)x, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+AP_INLINE float largest(Float x) {
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)x),
+                                   _mm256_extractf128_ps((__m256)x, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+#else
 AP_INLINE float sum(Float x) {
     float total = 0;
     for (int i = 0; i < kLanes; ++i) total += x[i];
     return total;
 }
-
 AP_INLINE float largest(Float x) {
     float top = x[0];
     for (int i = 1; i < kLanes; ++i) top = x[i] > top ? x[i] : top;
     return top;
 }
+#endif
 
 // exp(x) for x <= 0, to about two units in the last place; zero below -87.
 AP_INLINE Float exponential(Float x) {
