@@ -19,7 +19,7 @@
 namespace attentionpack {
 namespace {
 
-constexpr int kTile = 128;     // tokens whose weights share one scale
+constexpr int kTile = 128;
 constexpr int kBlockVectors = 4;  // of a register block
 // Tokens whose keys are unpacked at a time: 128 steps fill 16 KiB, 32 with 16 lanes.
 constexpr int kSub = kBlockVectors * kLanes;
