@@ -217,39 +217,64 @@ AP_INLINE void order_quads(int32_t* quads, int64_t count) {
     }
 }
 
-// One chunk of kLanes bytes (kLanes latents of 16 bits) of all tokens of a tile becomes 8 / BITS
-// vectors: out[step * stride + k], k the sub-plane.
+// Vectors that a chunk of kLanes bytes becomes, or of kLanes latents of 16 bits.
+constexpr int vectors_per_chunk(int64_t bits) { return bits == 16 ? 1 : int(8 / bits); }
+constexpr int64_t chunk_bytes(int64_t bits) { return bits == 16 ? 2 * kLanes : kLanes; }
+
+// The bytes of a stretch of a plane, no more than a register block takes, of all tokens of a tile:
+// out[step * stride + v] with the sub-planes of each chunk side by side.
 template <class A, int BITS>
-AP_INLINE void unpack_value_chunk(const uint8_t* const* rows, int64_t byte, int bytes, int steps,
+AP_INLINE void unpack_value_bytes(const uint8_t* const* rows, int64_t byte, int bytes, int steps,
                                   Int* out) {
     constexpr uint32_t mask = (1u << BITS) - 1;
     constexpr int spread = 32 / A::kPerStep;  // bits from one token of a step to the next
-    const bool whole = bytes == kLanes;
-    for (int s = 0; s < steps; ++s) {
+    constexpr int chunks = kValueVectors * BITS / 8;
+    const auto unpack = [&](const uint8_t* const* tokens, int64_t at, auto read, Int* to) {
         Word word{};
-        for (int e = 0; e < A::kPerStep; ++e) {
-            const uint8_t* from = rows[s * A::kPerStep + e] + byte;
-            const Word read = whole ? load_bytes(from) : load_bytes(from, bytes);
-            word |= read << (spread % 32 * e);
-        }
+#pragma GCC unroll 4
+        for (int e = 0; e < A::kPerStep; ++e) word |= read(tokens[e] + at) << (spread % 32 * e);
+#pragma GCC unroll 4
         for (int k = 0; k < 8 / BITS; ++k) {
             const Word codes = word >> (BITS * k);
             if constexpr (A::kPerStep == 4)
-                out[s * kValueVectors + k] = (Int)(codes & (mask * 0x01010101u));
+                to[k] = (Int)(codes & (mask * 0x01010101u));
             else if constexpr (A::kPerStep == 2)
-                out[s * kValueVectors + k] = (Int)(codes & (mask << 16 | mask));
+                to[k] = (Int)(codes & (mask << 16 | mask));
             else
-                out[s * kValueVectors + k] =
-                    (Int)(to_float(codes & mask) - 0.5f * zero_doubled(BITS));
+                to[k] = (Int)(to_float(codes & mask) - 0.5f * zero_doubled(BITS));
+        }
+    };
+    const auto whole = [](const uint8_t* from) { return load_bytes(from); };
+    if (bytes == chunks * kLanes) {
+        // A cache line is read at one time, not once per chunk.
+        for (int s = 0; s < steps; ++s, rows += A::kPerStep, out += kValueVectors)
+#pragma GCC unroll 4
+            for (int c = 0; c < chunks; ++c)
+                unpack(rows, byte + c * kLanes, whole, out + c * (8 / BITS));
+        return;
+    }
+    for (int at = 0; at < bytes; at += kLanes, out += 8 / BITS) {
+        const int left = bytes - at;
+        const auto head = [&](const uint8_t* from) { return load_bytes(from, left); };
+        for (int s = 0; s < steps; ++s) {
+            const uint8_t* const* tokens = rows + s * A::kPerStep;
+            Int* to = out + s * kValueVectors;
+            if (left >= kLanes)
+                unpack(tokens, byte + at, whole, to);
+            else
+                unpack(tokens, byte + at, head, to);
         }
     }
 }
 
-AP_INLINE void unpack_value_chunk_16(const uint8_t* const* rows, int64_t byte, int bytes, int steps,
+AP_INLINE void unpack_value_bytes_16(const uint8_t* const* rows, int64_t byte, int bytes, int steps,
                                      Int* out) {
-    for (int s = 0; s < steps; ++s) {
-        const Halves read = load_head<Halves>(rows[s] + byte, bytes);
-        out[s * kValueVectors] = (Int)(__builtin_convertvector(read, Word) << 16);
+    for (int at = 0; at < bytes; at += 2 * kLanes, ++out) {
+        for (int s = 0; s < steps; ++s) {
+            const Halves read =
+                load_head<Halves>(rows[s] + byte + at, std::min(2 * kLanes, bytes - at));
+            out[s * kValueVectors] = (Int)(__builtin_convertvector(read, Word) << 16);
+        }
     }
 }
 
@@ -258,8 +283,8 @@ int64_t value_lanes(const Side& side) {
     int64_t vectors = 0;
     for (int p = 0; p < side.num_planes; ++p) {
         const Plane& plane = side.planes[p];
-        const int64_t chunk = plane.bits == 16 ? 2 * kLanes : kLanes;
-        vectors += (plane.bytes + chunk - 1) / chunk * (plane.bits == 16 ? 1 : 8 / plane.bits);
+        const int64_t chunk = chunk_bytes(plane.bits);
+        vectors += (plane.bytes + chunk - 1) / chunk * vectors_per_chunk(plane.bits);
     }
     return vectors * kLanes;
 }
@@ -618,32 +643,29 @@ class Attention {
         for (int p = 0; p < group_.value.num_planes; ++p) {
             const Plane& plane = group_.value.planes[p];
             find_rows(tile, plane, 0, padded, rows);
-            const int64_t chunk = plane.bits == 16 ? 2 * kLanes : kLanes;
-            const int per_chunk = plane.bits == 16 ? 1 : int(8 / plane.bits);
+            const int64_t chunk = chunk_bytes(plane.bits);
+            const int per_chunk = vectors_per_chunk(plane.bits);
+            const int64_t turn = kValueVectors / per_chunk * chunk;  // what a register block takes
             work.zero = 0.5f * float(zero_doubled(plane.bits));
-            int vectors = 0;
-            for (int64_t byte = 0; byte < plane.bytes; byte += chunk) {
-                const int bytes = int(std::min(chunk, plane.bytes - byte));
+            for (int64_t byte = 0; byte < plane.bytes; byte += turn) {
+                const int bytes = int(std::min(turn, plane.bytes - byte));
                 fetch_ahead();
                 if (A::kNarrow && plane.bits == 2) {
                     narrow_chunk(rows, byte, bytes, work);
                     work.lane += kValueVectors * kLanes;
                     continue;
                 }
-                unpack_values(plane.bits, rows, byte, bytes, work.steps, s_->codes + vectors);
-                vectors += per_chunk;
-                if (vectors == kValueVectors || byte + chunk >= plane.bytes) {
-                    for_row_blocks([&](auto size, int64_t row) {
-                        value_columns<A, size>(work, row, vectors);
-                    });
-                    work.lane += vectors * kLanes;
-                    vectors = 0;
-                }
+                unpack_values(plane.bits, rows, byte, bytes, work.steps, s_->codes);
+                const int vectors = int((bytes + chunk - 1) / chunk) * per_chunk;
+                for_row_blocks([&](auto size, int64_t row) {
+                    value_columns<A, size>(work, row, vectors);
+                });
+                work.lane += vectors * kLanes;
             }
         }
     }
 
-    // One chunk of unpacked values of a modality. `even` and `uneven`: whether there are blocks of
+    // Unpacked values of a modality for one register block. `even` and `uneven`: whether there are blocks of
     // rows whose weights go to 8 bits, and others.
     struct ValueWork {
         int64_t m, lane;
@@ -672,8 +694,8 @@ class Attention {
     // A chunk of a plane of 2 bits: each block of rows takes the weights that suit it.
     void narrow_chunk(const uint8_t* const* rows, int64_t byte, int bytes, const ValueWork& work) {
         if (work.even)
-            unpack_value_chunk<Quads, 2>(rows, byte, bytes, work.steps / 2, s_->quad_codes);
-        if (work.uneven) unpack_value_chunk<A, 2>(rows, byte, bytes, work.steps, s_->codes);
+            unpack_value_bytes<Quads, 2>(rows, byte, bytes, work.steps / 2, s_->quad_codes);
+        if (work.uneven) unpack_value_bytes<A, 2>(rows, byte, bytes, work.steps, s_->codes);
         for_row_blocks([&](auto size, int64_t row) {
             if (all_even(row, size))
                 value_columns<Quads, size>(work, row, kValueVectors);
@@ -685,10 +707,10 @@ class Attention {
     static void unpack_values(int64_t bits, const uint8_t* const* rows, int64_t byte, int bytes,
                               int steps, Int* out) {
         switch (bits) {
-            case 8: return unpack_value_chunk<A, 8>(rows, byte, bytes, steps, out);
-            case 4: return unpack_value_chunk<A, 4>(rows, byte, bytes, steps, out);
-            case 2: return unpack_value_chunk<A, 2>(rows, byte, bytes, steps, out);
-            default: return unpack_value_chunk_16(rows, byte, bytes, steps, out);
+            case 8: return unpack_value_bytes<A, 8>(rows, byte, bytes, steps, out);
+            case 4: return unpack_value_bytes<A, 4>(rows, byte, bytes, steps, out);
+            case 2: return unpack_value_bytes<A, 2>(rows, byte, bytes, steps, out);
+            default: return unpack_value_bytes_16(rows, byte, bytes, steps, out);
         }
     }
 
