@@ -46,20 +46,25 @@ constexpr int64_t kPiecesPerThread = 4;  // so that threads end together
 constexpr int64_t kUsualRows = 32;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Memory that a thread keeps between calls.
-uint8_t* thread_memory(int64_t bytes) {
-    struct Area {
-        uint8_t* data = nullptr;
-        int64_t size = 0;
-        ~Area() { std::free(data); }
-    };
-    thread_local Area area;
-    if (area.size < bytes) {
-        std::free(area.data);
-        area.size = (bytes + 4095) / 4096 * 4096;
-        area.data = static_cast<uint8_t*>(std::aligned_alloc(64, area.size));
+// Memory that is kept between calls; begins with a cache line.
+struct Area {
+    uint8_t* data = nullptr;
+    int64_t size = 0;
+    ~Area() { std::free(data); }
+
+    uint8_t* of(int64_t bytes) {
+        if (size < bytes) {
+            std::free(data);
+            size = (bytes + 4095) / 4096 * 4096;
+            data = static_cast<uint8_t*>(std::aligned_alloc(64, size));
+        }
+        return data;
     }
-    return area.data;
+};
+
+uint8_t* thread_memory(int64_t bytes) {
+    thread_local Area area;
+    return area.of(bytes);
 }
 
 template <class F>
@@ -130,14 +135,19 @@ Plan cut(const Attend& args) {
     return plan;
 }
 
+int64_t whole_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
+
 int64_t result_floats(const Attend& args, const Piece& piece, int64_t lanes) {
-    return (args.modalities * piece.rows * (2 + lanes) + 15) / 16 * 16;
+    const int64_t rows = args.modalities * piece.rows;
+    return whole_lines(2 * rows) + whole_lines(rows * lanes);
 }
 
+// Sums begin with a cache line, as `memory` does: vectors that lie across two lines cost a third of
+// the time.
 void place(const Attend& args, Piece& piece, float* memory) {
     piece.top = memory;
     piece.total = memory + args.modalities * piece.rows;
-    piece.sums = memory + 2 * args.modalities * piece.rows;
+    piece.sums = memory + whole_lines(2 * args.modalities * piece.rows);
 }
 
 // Writes the rows of a unit from its pieces, normalised.
@@ -219,10 +229,9 @@ void ap_attend(const void* chosen, const Attend* args) {
             widest_result = std::max(widest_result, floats);
     }
     // Results of pieces that are merged after all threads are done.
-    thread_local std::vector<float> shared;
-    if (int64_t(shared.size()) < split) shared.resize(split);
+    thread_local Area shared;
     std::vector<int64_t> owner(plan.pieces.size());
-    float* next = shared.data();
+    float* next = reinterpret_cast<float*>(shared.of(split * int64_t(sizeof(float))));
     for (size_t u = 0; u < plan.units.size(); ++u) {
         const Unit& unit = plan.units[u];
         for (int64_t p = 0; p < unit.pieces; ++p) {
