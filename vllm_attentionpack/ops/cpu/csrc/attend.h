@@ -26,6 +26,7 @@ constexpr int kSub = kBlockVectors * kLanes;
 constexpr int kSteps = 128;    // 255 * 32767 * 2 * 128 still fits an int32
 constexpr int kSubVectors = kSub / kLanes;
 constexpr int kValueVectors = 4;
+constexpr int kAheadTurns = 16;  // in which a tile's bytes are asked for; a tile has more of them
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLargest16 = 32767.0f, kLargest8 = 127.0f;
 // Weights of a tile go to 8 bits, for the planes of 2 bits, where the largest is at most this many
@@ -345,6 +346,7 @@ class Attention {
                 end_byte_ = std::max(end_byte_, plane.offset + plane.bytes * args.block_size);
             }
         }
+        ahead_bytes_ = (end_byte_ - first_byte_) * kTile / args.block_size / kAheadTurns;
     }
 
     void run() {
@@ -471,12 +473,11 @@ class Attention {
     // Asks for a few lines of the blocks to come: one call beside every register block's work. Codes
     // are read a few bytes per token, in an order that the processor does not foresee.
     AP_INLINE void fetch_ahead() {
-        constexpr int64_t line = 64, lines = 16;
         if (next_block_ > last_ahead_ || next_block_ * args_.block_size >= piece_.stop) return;
         const int32_t* table = args_.table + piece_.request * args_.table_stride;
         const uint8_t* block = args_.cache + int64_t(table[next_block_]) * args_.block_bytes;
-        const int64_t end = std::min(end_byte_, next_byte_ + lines * line);
-        for (; next_byte_ < end; next_byte_ += line) __builtin_prefetch(block + next_byte_, 0, 2);
+        const int64_t end = std::min(end_byte_, next_byte_ + ahead_bytes_);
+        for (; next_byte_ < end; next_byte_ += 64) __builtin_prefetch(block + next_byte_, 0, 2);
         if (next_byte_ >= end_byte_) ++next_block_, next_byte_ = first_byte_;
     }
 
@@ -749,7 +750,7 @@ class Attention {
     Queries queries_[2];
     int64_t lanes_;
     // Bytes of this head group in a block, and how far they have been asked for.
-    int64_t first_byte_, end_byte_ = 0;
+    int64_t first_byte_, end_byte_ = 0, ahead_bytes_;
     int64_t next_block_ = 0, next_byte_ = 0, last_ahead_ = 0;
 };
 
