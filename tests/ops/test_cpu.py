@@ -17,7 +17,8 @@ from vllm_attentionpack.codec.codec import LayerCodec, identity_codec
 from vllm_attentionpack.codec.layout import PlaneCounts
 from vllm_attentionpack.ops import QueryBatch, cpu, reference
 from vllm_attentionpack.ops.cpu import library
-from vllm_attentionpack.ops.cpu.plan import PackedMatrix, key_order, value_lanes, value_order
+from vllm_attentionpack.ops.cpu.maps import PackedMap
+from vllm_attentionpack.ops.cpu.plan import key_order, value_lanes, value_order
 from vllm_attentionpack.ops.select import select_ops
 
 ROOT = Path(__file__).parents[2]
@@ -276,13 +277,13 @@ def test_products_of_packed_matrices(isa, dtype, repeats, count):
     spread = torch.cat([torch.full((n,), 10.0**-i) for i, n in enumerate(runs)])
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(heads, sum(runs), width, generator=generator)
-    packed = PackedMatrix.of(matrix, library.kernels().lanes, runs)
+    packed = PackedMap(matrix, library.kernels().lanes, runs)
     x = torch.randn(tokens, heads, repeats, 2 * sum(runs), generator=generator)
     x = (x[..., : sum(runs)] * spread).to(dtype).transpose(0, 1)
     out = torch.full((tokens, heads, repeats, width + 5), 7.0)
     with threads(count):
         part = out[..., :width].transpose(0, 1)
-        library.project(x, packed.matrix, packed.scale, packed.bounds, 0.5, part)
+        packed.into(part, x, 0.5)
     want = 0.5 * x.double() @ matrix.double()[:, None]
     assert (part - want).abs().max() < 1e-3 * want.abs().max()
     assert (out[..., width:] == 7).all()
@@ -293,20 +294,20 @@ def test_custom_ops_have_fakes(name):
     """PyTorch's own check: schema, mutation, fake tensors."""
     codec = random_codec(2, 2, 32)
     case = paged_batch(codec, 4, [40], [1], 16)
-    plan = cpu._plan(codec)
+    plan = cpu._plan(codec, torch.bfloat16)
     table = plan.table(16)
     if name == "cpu_attend":
         absorbed = cpu.absorb_query(case.query, codec, 0.2)
         args = (absorbed.latent, table, plan.widths, case.kv_cache, case.block_table, None)
         args += (case.seq_lens, case.batch.query_start_loc, 16, 2, True, 8)
     elif name == "cpu_project":
-        packed = plan.packed_absorb[0]
+        packed = plan.absorb[0]
         x, out = torch.randn(2, 3, 1, 32), torch.empty(2, 3, 1, packed.width)
         args = (x, packed.matrix, packed.scale, packed.bounds, 0.5, out)
     else:
         encode = plan.encode[0]["key"]
         latent = torch.randn(3, len(encode.step))
-        args = (latent, encode.bias, encode.step, encode.weight, torch.arange(3), None)
+        args = (latent, encode.step, encode.weight, torch.arange(3), None)
         args += (table[0, 0], case.kv_cache, 16)
     op = getattr(torch.ops.attentionpack, name).default
     torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))

@@ -1,4 +1,4 @@
-"""The ops on CPUs: compiled kernels for what touches codes, BLAS for the maps in and out.
+"""The ops on CPUs, by compiled kernels.
 
 The functions are those of `ops.reference`, which documents them; what `absorb_query` hands to
 `paged_attention`, and that to `up_project`, is in the kernels' own order (see `plan.py`).
@@ -14,14 +14,14 @@ from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.codec.layout import KINDS
 from vllm_attentionpack.ops.batch import QueryBatch
 from vllm_attentionpack.ops.cpu import library
-from vllm_attentionpack.ops.cpu.plan import CpuPlan, EncodeTables, PackedMatrix, plan_of
+from vllm_attentionpack.ops.cpu.plan import CpuPlan, EncodeTables, plan_of
 
 #: Of the numbers that codes are multiplied with, so that the error stays near that of the model's
 #: own dtype: floats, 16-bit integers, or 8-bit ones for the codes of 2 bits and 16-bit ones else.
 BITS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 8}
 
-#: Of models: the maps in and out go by matrices of 16-bit integers, whose error (13 bits) is well
-#: below that of these dtypes; others go by BLAS in float32.
+#: Of models: the maps in and out may go by integers (see `maps.py`), whose error is well below that
+#: of these dtypes.
 PACKED = (torch.bfloat16,)
 
 
@@ -47,12 +47,12 @@ class CpuAttended:
         latent: float32 `[G, T, repeats, M * (lanes of V + 1)]` per head group: sums of value
             latents of each modality, then the softmax weight of each.
         lse: float32 `[T, Hq]`, natural log-sum-exp of the logits; `-inf` over no token.
-        packed: whether `up_project` goes by matrices of 16-bit integers.
+        dtype: of the model.
     """
 
     latent: list[Tensor]
     lse: Tensor
-    packed: bool
+    dtype: torch.dtype
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -73,7 +73,7 @@ def store_kv(
     block_size: int,
 ) -> None:
     """See `ops.reference.store_kv`."""
-    plan = _plan(codec)
+    plan = _plan(codec, key.dtype)
     table = plan.table(block_size)
     slots = slot_mapping.long()
     split = slots.shape[0]
@@ -86,13 +86,12 @@ def store_kv(
         key, value = key[order], value[order]
         split -= int(chosen.sum())
     for kind, tokens in zip(KINDS, (key, value), strict=True):
-        flat = tokens.flatten(1).float()
+        flat = tokens.flatten(1)
         dims = codec.layout.heads_per_group * codec.layout.head_size
         for g, encode in enumerate(plan.encode):
             latent = _encode(flat[:, g * dims : (g + 1) * dims], encode[kind], split)
             library.store(
                 latent,
-                encode[kind].bias,
                 encode[kind].step,
                 encode[kind].weight,
                 slots,
@@ -104,35 +103,24 @@ def store_kv(
 
 
 def _encode(x: Tensor, tables: EncodeTables, split: int) -> Tensor:
-    """`[T, GD]` -> `[T, R]`, the tokens from `split` on by the basis of visual tokens."""
-    if split == len(x):
-        return x @ tables.encode[0]
-    latent = x.new_empty(len(x), tables.step.shape[0])
-    torch.mm(x[:split], tables.encode[0], out=latent[:split])
-    torch.mm(x[split:], tables.encode[1], out=latent[split:])
+    """`[T, GD]` to float32 `[T, R]`, the tokens from `split` on by the basis of visual tokens."""
+    latent = x.new_empty(len(x), tables.step.shape[0], dtype=torch.float32)
+    for m, (first, stop) in enumerate([(0, split), (split, len(x))]):
+        if stop > first:
+            # Before rounding: a mean may be many times larger than what tokens differ by.
+            centred = torch.sub(x[first:stop], tables.mean[m])
+            tables.maps[m].into(latent[None, first:stop, None], centred[None, :, None])
     return latent
 
 
 def absorb_query(query: Tensor, codec: LayerCodec, scale: float) -> CpuQuery:
     """See `ops.reference.absorb_query`."""
-    plan = _plan(codec)
-    size = codec.layout.heads_per_group
+    plan = _plan(codec, query.dtype)
     if query.stride(2) != 1:
         query = query.contiguous()
     by_head = query.unflatten(1, (codec.layout.num_kv_heads, -1)).transpose(0, 1)
-    groups = by_head.split(size)  # [G, T, repeats, D] each
-    if query.dtype in PACKED:
-        latent = [
-            query.new_empty(*x.shape[:3], packed.width, dtype=torch.float32)
-            for x, packed in zip(groups, plan.packed_absorb, strict=True)
-        ]
-        for x, packed, out in zip(groups, plan.packed_absorb, latent, strict=True):
-            _project(x, packed, scale, out)
-    else:
-        latent = [
-            torch.bmm(x.float().mul(scale).flatten(1, 2), matrix).unflatten(1, x.shape[1:3])
-            for x, matrix in zip(groups, plan.absorb, strict=True)
-        ]
+    groups = by_head.split(codec.layout.heads_per_group)  # [G, T, repeats, D] each
+    latent = [absorb(x, scale) for absorb, x in zip(plan.absorb, groups, strict=True)]
     return CpuQuery(latent, query.dtype)
 
 
@@ -148,7 +136,7 @@ def paged_attention(
     causal: bool,
 ) -> CpuAttended:
     """See `ops.reference.paged_attention`."""
-    plan = _plan(codec)
+    plan = _plan(codec, query.dtype)
     *latent, lse = library.attend(
         query.latent,
         plan.table(block_size),
@@ -163,32 +151,20 @@ def paged_attention(
         causal,
         BITS[query.dtype],
     )
-    return CpuAttended(latent, lse, query.dtype in PACKED)
+    return CpuAttended(latent, lse, query.dtype)
 
 
 def up_project(attended: CpuAttended, codec: LayerCodec) -> Tensor:
     """See `ops.reference.up_project`."""
-    plan = _plan(codec)
-    if not attended.packed:
-        outputs = [
-            torch.bmm(latent.flatten(1, 2), matrix).unflatten(1, latent.shape[1:3])
-            for latent, matrix in zip(attended.latent, plan.up, strict=True)
-        ]
-        joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # [Hk, T, repeats, D]
-        return joined.transpose(0, 1).flatten(1, 2)
+    plan = _plan(codec, attended.dtype)
     _, tokens, repeats, _ = attended.latent[0].shape
     layout = codec.layout
     out = attended.lse.new_empty(tokens, layout.num_kv_heads, repeats, layout.head_size)
-    groups = out.transpose(0, 1).split(layout.heads_per_group)
-    for latent, packed, part in zip(attended.latent, plan.packed_up, groups, strict=True):
-        _project(latent, packed, 1.0, part)
+    groups = out.transpose(0, 1).split(layout.heads_per_group)  # [G, T, repeats, D] each
+    for up, part, latent in zip(plan.up, groups, attended.latent, strict=True):
+        up.into(part, latent)
     return out.flatten(1, 2)
 
 
-def _project(x: Tensor, packed: PackedMatrix, factor: float, out: Tensor) -> None:
-    """`[G, T, repeats, depth]` -> float32 `[G, T, repeats, width]`."""
-    library.project(x, packed.matrix, packed.scale, packed.bounds, factor, out)
-
-
-def _plan(codec: LayerCodec) -> CpuPlan:
-    return plan_of(codec, library.kernels().lanes)
+def _plan(codec: LayerCodec, dtype: torch.dtype) -> CpuPlan:
+    return plan_of(codec, library.kernels().lanes, dtype in PACKED)

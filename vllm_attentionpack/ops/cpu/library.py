@@ -43,7 +43,7 @@ class _Store(ctypes.Structure):
         *((name, _INT) for name in ("threads", "tokens", "rank", "block_size", "block_bytes")),
         ("modalities", _INT),
         ("side", _INT * SIDE_FIELDS),
-        *((name, _POINTER) for name in ("latent", "bias", "step", "weight", "slots", "visual")),
+        *((name, _POINTER) for name in ("latent", "step", "weight", "slots", "visual")),
         ("cache", _POINTER),
     )
 
@@ -128,7 +128,7 @@ _LIBRARY.define(
     "int modalities, bool causal, int bits) -> Tensor[]"
 )
 _LIBRARY.define(
-    "cpu_store(Tensor latent, Tensor bias, Tensor step, Tensor weight, Tensor slots, "
+    "cpu_store(Tensor latent, Tensor step, Tensor weight, Tensor slots, "
     "Tensor? visual, Tensor layout, Tensor(a!) kv_cache, int block_size) -> ()"
 )
 _LIBRARY.define(
@@ -220,7 +220,6 @@ def _attend_fake(
 
 def _store(
     latent: Tensor,
-    bias: Tensor,
     step: Tensor,
     weight: Tensor,
     slots: Tensor,
@@ -232,8 +231,7 @@ def _store(
     """Quantises latents and writes them into their slots.
 
     Args:
-        latent: float32 `[T, R]`, `x @ encode`.
-        bias: float32 `[M, R]`, `mean @ encode`.
+        latent: float32 `[T, R]`, `(x - mean) @ encode`.
         step: float32 `[R]`, as in `PlaneCodec`.
         weight: float32 `[M, R]`, as in `Basis`.
         slots: int64 `[T]`; negative for no slot.
@@ -250,10 +248,9 @@ def _store(
         latent.stride(0),
         block_size,
         kv_cache.stride(0),
-        bias.shape[0],
+        weight.shape[0],
         (_INT * SIDE_FIELDS)(*layout.tolist()),
         latent.data_ptr(),
-        bias.data_ptr(),
         step.data_ptr(),
         weight.data_ptr(),
         slots.data_ptr(),
@@ -270,7 +267,7 @@ def _project(
 
     Args:
         x: bfloat16 or float32 `[B, T, repeats, depth]`, contiguous along a row.
-        matrix: int16, with `scale` and `bounds`; see `plan.PackedMatrix`.
+        matrix: int16, with `scale` and `bounds`; see `maps.PackedMap`.
         scale: float32.
         bounds: int64.
         factor: of the result.

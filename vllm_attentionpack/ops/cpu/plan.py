@@ -12,125 +12,82 @@ code of a byte. A last chunk that is not full leaves lanes that stand for no dim
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from vllm_attentionpack.codec.codec import LayerCodec, PlaneCodec
 from vllm_attentionpack.codec.layout import KINDS, Kind, LayerLayout, Plane, PlaneCounts
 from vllm_attentionpack.ops.cpu.library import SIDE_FIELDS
-
-#: Most rows of a packed matrix that share the scales of their columns, and the largest integer: the
-#: sum of so many products of two such integers fits 32 bits. Both as in csrc.
-SEGMENT, LARGEST = 128, 4095
-BLOCK_VECTORS = 4
-
+from vllm_attentionpack.ops.cpu.maps import FloatMap, Map, PackedMap
 
 @dataclass(frozen=True)
 class EncodeTables:
     """One (head group, K|V) of `store_kv`.
 
     Attributes:
-        encode: float32 `[M, GD, R]`.
-        bias: float32 `[M, R]`, the latent of the mean.
+        maps: per modality, `[1, T, 1, GD]` less the mean to `[1, T, 1, R]`.
+        mean: float32 `[M, GD]`.
         step: float32 `[R]`.
         weight: float32 `[M, R]`.
     """
 
-    encode: Tensor
-    bias: Tensor
+    maps: list[Map]
+    mean: Tensor
     step: Tensor
     weight: Tensor
-
-    @classmethod
-    def of(cls, codec: PlaneCodec) -> "EncodeTables":
-        basis = codec.basis
-        bias = (basis.mean[:, None] @ basis.encode)[:, 0]
-        return cls(basis.encode.contiguous(), bias, codec.step, basis.weight.contiguous())
-
-
-@dataclass(frozen=True)
-class PackedMatrix:
-    """Matrices of 16-bit integers in the order of `library.project`.
-
-    Attributes:
-        matrix: int16 `[B, panels, steps, columns of a panel, 2]`: a step is two rows, a panel what
-            `BLOCK_VECTORS` vectors hold; zero where there is no row or column.
-        scale: float32 `[B, segments, columns of all panels]`, of the columns of each segment.
-        bounds: int64 `[segments + 1]`, the first row of each segment and the end.
-        width: columns.
-    """
-
-    matrix: Tensor
-    scale: Tensor
-    bounds: Tensor
-    width: int
-
-    @classmethod
-    def of(cls, matrix: Tensor, lanes: int, runs: Sequence[int]) -> "PackedMatrix":
-        """From float32 `[B, depth, width]`.
-
-        `runs`: numbers of rows that are multiplied with numbers of one magnitude, even but for the
-        last. Rounding is to the largest of a segment, and a segment is part of one run.
-        """
-        panel = BLOCK_VECTORS * lanes
-        width = matrix.shape[2]
-        panels = -(-width // panel)
-        matrix = pad(matrix, (0, panels * panel - width, 0, matrix.shape[1] % 2))
-        lengths = [min(SEGMENT, run - at) for run in runs for at in range(0, run, SEGMENT)]
-        bounds = torch.tensor([0, *accumulate(lengths)])
-        parts = matrix.split([n + n % 2 for n in lengths], 1)
-        scales = [part.abs().amax(1, keepdim=True).clamp_min(1e-30) / LARGEST for part in parts]
-        steps = torch.cat([part / scale for part, scale in zip(parts, scales, strict=True)], 1)
-        steps = steps.round().to(torch.int16).unflatten(1, (-1, 2)).unflatten(3, (panels, panel))
-        ordered = steps.permute(0, 3, 1, 4, 2).contiguous()
-        return cls(ordered, torch.cat(scales, 1), bounds, width)
 
 
 class CpuPlan:
     """The tables of one layer for vectors of `lanes` lanes.
 
+    `packed`: whether the maps may be matrices of 16-bit integers. Planes of bfloat16 latents, which
+    are there to change nothing, keep float32.
+
     Attributes:
-        absorb: float32 `[G, D, M * (Rk + 1)]` per head group: `q @ absorb` is the latent query of
-            each modality in the kernels' order, then the logit of each mean key.
-        up: float32 `[G, M * (lanes of V + 1), D]` per head group: the inverse for values, with the
-            means in the last rows.
-        packed_absorb: the same for models in bfloat16.
-        packed_up: likewise.
+        absorb: per head group, `[G, T, repeats, D]` to the latent query of each modality in the
+            kernels' order, then the logit of each mean key, `[.., M * (Rk + 1)]`.
+        up: per head group, the inverse for values, with the weights of the means last,
+            `[G, T, repeats, M * (lanes of V + 1)]` to `[.., D]`.
         encode: per head group and kind.
-        widths: rows of each `up`.
+        widths: of what `up` takes.
     """
 
-    def __init__(self, codec: LayerCodec, lanes: int) -> None:
+    def __init__(self, codec: LayerCodec, lanes: int, packed: bool) -> None:
         layout = codec.layout
-        self.absorb: list[Tensor] = []
-        self.up: list[Tensor] = []
-        self.encode: list[dict[Kind, EncodeTables]] = []
-        for group, _ in codec.group_heads():
-            decode, mean = _by_head(group.key, layout)
-            decode = decode[:, :, key_order(group.key.counts)]
-            self.absorb.append(
-                torch.cat([decode.flatten(1, 2), mean], 1).mT.contiguous()  # [G, D, M * (R + 1)]
-            )
-            decode, mean = _by_head(group.value, layout)
-            order = value_order(group.value.counts, lanes)
-            decode = torch.where((order >= 0)[:, None], decode[:, :, order.clamp_min(0)], 0.0)
-            self.up.append(torch.cat([decode.flatten(1, 2), mean], 1))
-            self.encode.append({kind: EncodeTables.of(getattr(group, kind)) for kind in KINDS})
         modalities = codec.num_modalities
-        self.packed_absorb = [
-            PackedMatrix.of(matrix, lanes, [layout.head_size]) for matrix in self.absorb
-        ]
-        self.packed_up = [
-            PackedMatrix.of(
-                matrix, lanes, [*value_lanes(group.value, lanes) * modalities, modalities]
+        self.absorb: list[Map] = []
+        self.up: list[Map] = []
+        self.encode: list[dict[Kind, EncodeTables]] = []
+        self.widths: list[int] = []
+
+        def map_of(matrix: Tensor, counts: PlaneCounts, runs: Sequence[int]) -> Map:
+            if packed and not counts.n16:
+                return PackedMap(matrix, lanes, runs)
+            return FloatMap(matrix)
+
+        def tables_of(source: PlaneCodec, counts: PlaneCounts) -> EncodeTables:
+            basis = source.basis
+            maps = [map_of(matrix[None], counts, [len(matrix)]) for matrix in basis.encode]
+            return EncodeTables(maps, basis.mean, source.step, basis.weight.contiguous())
+
+        for group, _ in codec.group_heads():
+            counts = group.key.counts
+            decode, mean = _by_head(group.key, layout)
+            decode = decode[:, :, key_order(counts)]
+            absorb = torch.cat([decode.flatten(1, 2), mean], 1).mT  # [G, D, M * (R + 1)]
+            self.absorb.append(map_of(absorb, counts, [layout.head_size]))
+            counts = group.value.counts
+            decode, mean = _by_head(group.value, layout)
+            order = value_order(counts, lanes)
+            decode = torch.where((order >= 0)[:, None], decode[:, :, order.clamp_min(0)], 0.0)
+            up = torch.cat([decode.flatten(1, 2), mean], 1)
+            self.up.append(map_of(up, counts, [*value_lanes(counts, lanes) * modalities, modalities]))
+            self.widths.append(up.shape[1])
+            self.encode.append(
+                {kind: tables_of(getattr(group, kind), getattr(group, kind).counts) for kind in KINDS}
             )
-            for matrix, group in zip(self.up, layout.groups, strict=True)
-        ]
-        self.widths = [up.shape[1] for up in self.up]
         self._layout = layout
         self._tables: dict[int, Tensor] = {}
 
@@ -141,15 +98,15 @@ class CpuPlan:
         return self._tables[block_size]
 
 
-_PLANS: "WeakKeyDictionary[LayerCodec, dict[int, CpuPlan]]" = WeakKeyDictionary()
+_PLANS: "WeakKeyDictionary[LayerCodec, dict[tuple[int, bool], CpuPlan]]" = WeakKeyDictionary()
 
 
-def plan_of(codec: LayerCodec, lanes: int) -> CpuPlan:
+def plan_of(codec: LayerCodec, lanes: int, packed: bool) -> CpuPlan:
     """The plan of a codec; made when first asked for and kept as long as the codec lives."""
     plans = _PLANS.setdefault(codec, {})
-    if lanes not in plans:
-        plans[lanes] = CpuPlan(codec, lanes)
-    return plans[lanes]
+    if (lanes, packed) not in plans:
+        plans[lanes, packed] = CpuPlan(codec, lanes, packed)
+    return plans[lanes, packed]
 
 
 def key_order(counts: PlaneCounts) -> Tensor:

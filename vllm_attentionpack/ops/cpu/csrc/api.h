@@ -44,7 +44,7 @@ struct Attend {
 };
 
 // out[b] = factor * x[b] @ matrix[b] for `batch` matrices of 16-bit integers, each with its rows in
-// segments of at most kSegment that have a scale per column; see `plan.py` for the order. Rows of
+// segments of at most kSegment that have a scale per column; see `maps.py` for the order. Rows of
 // `x` are numbered (token, repeat); strides count elements, those along a row are one.
 constexpr int64_t kSegment = 128;
 
@@ -65,8 +65,7 @@ struct Store {
     int64_t threads, tokens, rank, block_size, block_bytes;
     int64_t modalities;
     Side side;
-    const float* latent;        // [T, rank], without the bias
-    const float* bias;          // [M, rank]
+    const float* latent;        // [T, rank]
     const float* step;          // [rank]
     const float* weight;        // [M, rank]
     const int64_t* slots;       // [T]

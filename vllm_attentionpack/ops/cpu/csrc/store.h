@@ -20,7 +20,6 @@ class TokenStore {
         : args_(args), side_(args.side), rank_(args.side.rank), latent_(memory) {
         visual_ = args.visual && args.visual[token];
         const int64_t basis = args.modalities == 2 && visual_ ? 1 : 0;
-        bias_ = args.bias + basis * rank_;
         weight_ = args.weight + basis * rank_;
         zero_ = memory + padded(rank_);
         codes_ = zero_ + padded(rank_);
@@ -32,7 +31,7 @@ class TokenStore {
 
     void run() {
         for (int64_t i = 0; i < rank_; i += kLanes)
-            store(latent_ + i, part(source_, i, rank_) - part(bias_, i, rank_));
+            store(latent_ + i, part(source_, i, rank_));
         if (side_.planes[0].bits == 16) return write_16();
         int64_t dim = 0;
         for (int p = 0; p < side_.num_planes; ++p) {
@@ -133,7 +132,6 @@ class TokenStore {
     float* zero_;
     float* codes_;
     const float* source_;
-    const float* bias_;
     const float* weight_;
     uint8_t* block_;
     int64_t slot_;
