@@ -126,7 +126,7 @@ def test_exact_pages_give_the_dense_distribution(engines, case, tmp_path):
     # Generated tokens: the same but for near ties, after which contexts differ. Logits of random
     # weights in bfloat16 are in steps of a sixteenth, so ties come soon.
     found = agreement(dense, outputs)
-    assert found.agreed >= NEW_TOKENS // 2
+    assert found.agreed >= NEW_TOKENS
     assert all(gap < effect / 8 for gap in found.gaps)
     assert found.noise < effect / 8
     if case.kind == "llava":

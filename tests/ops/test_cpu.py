@@ -231,9 +231,34 @@ def test_store_writes_the_bytes_of_the_reference(isa, layout, modalities, dtype)
         caches = [cache.clone() for cache in caches]
         for ops, cache in zip((reference, cpu), caches, strict=True):
             ops.store_kv(key, value, cache, slots, visual, codec, 16)
-        # A latent at the edge between two codes may fall on either side.
-        assert (caches[0] != caches[1]).float().mean().item() < 1e-3
         assert (caches[1] == 77).float().mean().item() < 0.5
+        if dtype != torch.bfloat16:
+            # A latent at the edge between two codes may fall on either side.
+            assert (caches[0] != caches[1]).float().mean().item() < 1e-3
+            continue
+        # Products of 13 bits move more latents over an edge, where both sides are as good: in planes
+        # of every width codes lose what they did, but for a little in those of 8 bits.
+        for kind, tokens in (("key", key), ("value", value)):
+            want, got = (latent_error(codec, kind, tokens, slots, visual, c) for c in caches)
+            assert (got < 1.03 * want).all()
+
+
+def latent_error(codec, kind, tokens, slots, visual, cache):
+    """Energy of what the codes of the first head group are off, by width of the codes."""
+    planes = reference._planes_by_owner(codec.layout, 16)[0, kind]
+    plane_codec = getattr(codec.groups[0], kind)
+    pages = reference._Pages(cache, torch.arange(len(cache))[None], 16)
+    read, _ = pages.read(torch.arange(len(cache))[None], (plane_codec, planes))
+    kept = slots >= 0
+    head_dims = plane_codec.basis.mean.shape[1]
+    x = tokens.flatten(1)[kept, :head_dims].float()
+    basis, which = plane_codec.basis, torch.zeros(len(x), dtype=torch.long)
+    if visual is not None and codec.num_modalities == 2:
+        which = visual[kept].long()
+    exact = torch.einsum("td,tdr->tr", x - basis.mean[which], basis.encode[which])
+    off = (read[0, slots[kept]] - exact).square().sum(0)
+    bits = torch.tensor(plane_codec.counts.bits_per_dim)
+    return torch.stack([off[bits == b].sum() for b in bits.unique()])
 
 
 def test_store_of_views_and_of_16_bit_planes(isa):

@@ -1,7 +1,7 @@
 """The maps in and out, `x @ matrix`: by BLAS in float32, or by a kernel on matrices of integers.
 
-The kernel keeps 13 bits of every number. For models in bfloat16, which have 8, that is exact enough,
-and it is several times as fast as the BLAS of a float32 product.
+The kernel keeps 13 bits of every number, which is exact enough for models in bfloat16 (8 bits),
+and is several times as fast as the BLAS of a float32 product.
 """
 
 from abc import ABC, abstractmethod

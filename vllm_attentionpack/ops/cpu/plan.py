@@ -22,6 +22,7 @@ from vllm_attentionpack.codec.layout import KINDS, Kind, LayerLayout, Plane, Pla
 from vllm_attentionpack.ops.cpu.library import SIDE_FIELDS
 from vllm_attentionpack.ops.cpu.maps import FloatMap, Map, PackedMap
 
+
 @dataclass(frozen=True)
 class EncodeTables:
     """One (head group, K|V) of `store_kv`.
@@ -83,10 +84,15 @@ class CpuPlan:
             order = value_order(counts, lanes)
             decode = torch.where((order >= 0)[:, None], decode[:, :, order.clamp_min(0)], 0.0)
             up = torch.cat([decode.flatten(1, 2), mean], 1)
-            self.up.append(map_of(up, counts, [*value_lanes(counts, lanes) * modalities, modalities]))
+            self.up.append(
+                map_of(up, counts, [*value_lanes(counts, lanes) * modalities, modalities])
+            )
             self.widths.append(up.shape[1])
             self.encode.append(
-                {kind: tables_of(getattr(group, kind), getattr(group, kind).counts) for kind in KINDS}
+                {
+                    kind: tables_of(getattr(group, kind), getattr(group, kind).counts)
+                    for kind in KINDS
+                }
             )
         self._layout = layout
         self._tables: dict[int, Tensor] = {}
