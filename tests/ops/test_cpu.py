@@ -236,8 +236,8 @@ def test_store_writes_the_bytes_of_the_reference(isa, layout, modalities, dtype)
             # A latent at the edge between two codes may fall on either side.
             assert (caches[0] != caches[1]).float().mean().item() < 1e-3
             continue
-        # Products of 13 bits move more latents over an edge, where both sides are as good: in planes
-        # of every width codes lose what they did, but for a little in those of 8 bits.
+        # Products of 13 bits move more latents over an edge, where both sides are as good: codes
+        # lose what they did, in planes of every width, but for a little in those of 8 bits.
         for kind, tokens in (("key", key), ("value", value)):
             want, got = (latent_error(codec, kind, tokens, slots, visual, c) for c in caches)
             assert (got < 1.03 * want).all()
