@@ -68,9 +68,9 @@ class CpuPlan:
                 return PackedMap(matrix, lanes, runs)
             return FloatMap(matrix)
 
-        def tables_of(source: PlaneCodec, counts: PlaneCounts) -> EncodeTables:
+        def tables_of(source: PlaneCodec) -> EncodeTables:
             basis = source.basis
-            maps = [map_of(matrix[None], counts, [len(matrix)]) for matrix in basis.encode]
+            maps = [map_of(matrix[None], source.counts, [len(matrix)]) for matrix in basis.encode]
             return EncodeTables(maps, basis.mean, source.step, basis.weight.contiguous())
 
         for group, _ in codec.group_heads():
@@ -88,12 +88,7 @@ class CpuPlan:
                 map_of(up, counts, [*value_lanes(counts, lanes) * modalities, modalities])
             )
             self.widths.append(up.shape[1])
-            self.encode.append(
-                {
-                    kind: tables_of(getattr(group, kind), getattr(group, kind).counts)
-                    for kind in KINDS
-                }
-            )
+            self.encode.append({kind: tables_of(getattr(group, kind)) for kind in KINDS})
         self._layout = layout
         self._tables: dict[int, Tensor] = {}
 
