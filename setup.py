@@ -27,6 +27,7 @@ setup(
                     "attend.h",
                     "project.h",
                     "store.h",
+                    "unpack.h",
                     "isa.inc",
                 )
             ],

@@ -33,9 +33,9 @@ class ServeConfig(BaseModel):
             pack's advice. With `sinks` and `window` 0 no memory goes to exact tokens.
         ops: the implementation of attention on compacted pages; `auto` takes the fastest that can
             run (`ops.select.IMPLEMENTATIONS`).
-        prefill: on a GPU, the library for exact attention among the new tokens of a step:
-            `flash_attn` (vLLM's), `xformers` or `sdpa` (PyTorch's); `auto` takes the first that can
-            run.
+        prefill: the library for exact attention among the new tokens of a step: on a GPU
+            `flash_attn` (vLLM's), `xformers` or `sdpa` (PyTorch's), on a CPU `dense` (vLLM's own
+            op, over a decompressed context, too) or `sdpa`; `auto` takes the first that can run.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

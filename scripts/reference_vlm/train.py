@@ -100,8 +100,9 @@ class Trainer:
 
     def _accumulate(self, micro: MicroBatch) -> None:
         """Add the gradients of one micro-batch and report its accuracy to the curriculum."""
-        cuda = self.options.device.startswith("cuda")
-        with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+        device = torch.device(self.options.device).type
+        half = device == "cuda" or self.options.bf16
+        with torch.autocast(device, torch.bfloat16, enabled=half):
             logits, targets = self.forward.logits_at(micro.batch)
             loss = F.cross_entropy(logits.float(), targets)
         (loss * micro.weight).backward()

@@ -21,10 +21,18 @@ def test_single_tokens_see_themselves():
 
 
 def test_the_choice_is_checked_when_the_engine_starts():
-    assert select_prefill("auto", CPU, torch.bfloat16) == ("sdpa", fresh_attention)
-    with pytest.raises(ConfigError, match="allowed: auto, flash_attn, xformers, sdpa"):
-        select_prefill("fastest", CPU, torch.bfloat16)
+    half, full = torch.bfloat16, torch.float32
+    fastest = "dense" if torch.cpu._is_avx512_supported() else "sdpa"
+    assert select_prefill("auto", CPU, half, 64) == (fastest, fresh_attention)
+    assert select_prefill("sdpa", CPU, half, 64) == ("sdpa", fresh_attention)
+    assert select_prefill("auto", CPU, full, 64) == ("sdpa", fresh_attention)
+    with pytest.raises(ConfigError, match="allowed: auto, flash_attn, xformers, sdpa, dense"):
+        select_prefill("fastest", CPU, half, 64)
     with pytest.raises(ConfigError, match="needs a CUDA device"):
-        select_prefill("xformers", CPU, torch.bfloat16)
+        select_prefill("xformers", CPU, half, 64)
+    with pytest.raises(ConfigError, match="it is for bfloat16"):
+        select_prefill("dense", CPU, full, 64)
+    with pytest.raises(ConfigError, match="is for CPUs"):
+        select_prefill("dense", torch.device("cuda"), half, 64)
     with pytest.raises(ConfigError, match="cannot be used"):
-        select_prefill("xformers", torch.device("cuda"), torch.float32)
+        select_prefill("xformers", torch.device("cuda"), full, 64)

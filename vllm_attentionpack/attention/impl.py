@@ -10,6 +10,7 @@ from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from vllm_attentionpack import ops
+from vllm_attentionpack.attention.dense_prefill import DenseStep
 from vllm_attentionpack.attention.metadata import AttentionPackMetadata
 from vllm_attentionpack.attention.state import EngineState
 from vllm_attentionpack.codec.codec import LayerCodec
@@ -113,11 +114,52 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
         tokens = attn_metadata.num_actual_tokens
         fresh = _Fresh(query[:tokens], key[:tokens], value[:tokens])
         exact = self._exact_cache(layer)
-        attend = self._fresh_exactly if self.state.config.exact_prefill else self._fresh_as_codes
-        parts = attend(fresh, kv_cache, attn_metadata, exact)
-        result, _ = parts[0] if len(parts) == 1 else ops.merge_attention(*parts)
-        output[:tokens] = result.view_as(output[:tokens])
+        dense = attn_metadata.dense
+        if dense is None:
+            result = self._attend(fresh, kv_cache, attn_metadata, exact)
+            output[:tokens] = result.view_as(output[:tokens])
+            return output
+        result = self._attend_densely(fresh, kv_cache, attn_metadata, dense, exact)
+        output[dense.tokens] = result.view_as(output[dense.tokens])
+        if dense.rest is not None:
+            if exact is not None:
+                exact = _ExactCache(exact.pages, exact.tokens.of(dense.rest_requests))
+            result = self._attend(fresh.of(dense.rest_tokens), kv_cache, dense.rest, exact)
+            output[dense.rest_tokens] = result.view_as(output[dense.rest_tokens]).to(output.dtype)
         return output
+
+    def _attend(
+        self,
+        fresh: "_Fresh",
+        kv_cache: Tensor,
+        metadata: AttentionPackMetadata,
+        exact: "_ExactCache | None",
+    ) -> Tensor:
+        attend = self._fresh_exactly if self.state.config.exact_prefill else self._fresh_as_codes
+        parts = attend(fresh, kv_cache, metadata, exact)
+        return parts[0][0] if len(parts) == 1 else ops.merge_attention(*parts)[0]
+
+    def _attend_densely(
+        self,
+        fresh: "_Fresh",
+        kv_cache: Tensor,
+        metadata: AttentionPackMetadata,
+        dense: DenseStep,
+        exact: "_ExactCache | None",
+    ) -> Tensor:
+        assert self.codec is not None
+        return dense.workspace.attend(
+            dense,
+            fresh.query,
+            fresh.key,
+            fresh.value,
+            block_view(kv_cache),
+            metadata.block_table,
+            self.codec,
+            kv_cache.shape[2],
+            None if exact is None else (exact.pages, exact.tokens),
+            self.scale,
+        )
 
     def _fresh_exactly(
         self,
@@ -218,6 +260,9 @@ class _Fresh:
     query: Tensor
     key: Tensor
     value: Tensor
+
+    def of(self, tokens: Tensor) -> "_Fresh":
+        return _Fresh(self.query[tokens], self.key[tokens], self.value[tokens])
 
 
 @dataclass(frozen=True)

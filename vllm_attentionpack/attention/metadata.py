@@ -1,7 +1,7 @@
 """Per-step metadata of the compacted attention layers."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,8 +15,12 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_attentionpack.attention.dense_prefill import DensePrefill, DenseStep
 from vllm_attentionpack.attention.state import EngineState
 from vllm_attentionpack.ops import QueryBatch
+
+if TYPE_CHECKING:
+    from vllm_attentionpack.attention.impl import AttentionPackImpl
 
 
 @dataclass
@@ -31,6 +35,7 @@ class AttentionPackMetadata(AttentionMetadata):
         has_context: False if all `context_lens` are known to be 0.
         block_table: int32 `[B, max_blocks]`.
         slot_mapping: int64 `[T]`.
+        dense: the requests that are prefilled densely; None if there are none.
     """
 
     num_actual_tokens: int
@@ -40,6 +45,7 @@ class AttentionPackMetadata(AttentionMetadata):
     has_context: bool
     block_table: Tensor
     slot_mapping: Tensor
+    dense: DenseStep | None = None
 
 
 class AttentionPackMetadataBuilder(AttentionMetadataBuilder[AttentionPackMetadata]):
@@ -56,6 +62,7 @@ class AttentionPackMetadataBuilder(AttentionMetadataBuilder[AttentionPackMetadat
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         state: EngineState = next(iter(layers.values())).impl.state
         state.report(kv_cache_spec, vllm_config)
+        self.dense_prefill = _dense_prefill(state, [layer.impl for layer in layers.values()])
         # A captured graph reads the address that it saw at capture: one buffer for all steps.
         self.context_lens = torch.zeros(
             vllm_config.scheduler_config.max_num_seqs + 1, dtype=torch.int32, device=device
@@ -98,7 +105,7 @@ class AttentionPackMetadataBuilder(AttentionMetadataBuilder[AttentionPackMetadat
             )
         context_lens = self.context_lens[: common.num_reqs]
         context_lens.copy_(common.compute_num_computed_tokens())
-        return AttentionPackMetadata(
+        metadata = AttentionPackMetadata(
             num_actual_tokens=common.num_actual_tokens,
             batch=QueryBatch.build(starts, longest, self.device, common.query_start_loc),
             seq_lens=common.seq_lens,
@@ -107,3 +114,14 @@ class AttentionPackMetadataBuilder(AttentionMetadataBuilder[AttentionPackMetadat
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
         )
+        if self.dense_prefill is not None:
+            metadata.dense = self.dense_prefill.plan(metadata)
+        return metadata
+
+
+def _dense_prefill(state: EngineState, layers: "list[AttentionPackImpl]") -> DensePrefill | None:
+    """Where the engine uses it; the layers of a KV-cache group are alike in their heads."""
+    if not state.prefills_densely:
+        return None
+    (shape,) = {(layer.num_heads, layer.num_kv_heads, layer.head_size) for layer in layers}
+    return DensePrefill(*shape, state.ops)

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from vllm_attentionpack.attention import dense_prefill
 from vllm_attentionpack.errors import ConfigError
 from vllm_attentionpack.ops import fresh_gpu
 from vllm_attentionpack.ops.batch import QueryBatch
@@ -13,6 +14,8 @@ from vllm_attentionpack.ops.fresh import fresh_attention
 
 FreshAttention = Callable[[Tensor, Tensor, Tensor, QueryBatch, float], tuple[Tensor, Tensor]]
 AUTO = "auto"
+#: On a CPU: long chunks go to `dense_prefill`, all else to PyTorch.
+DENSE = "dense"
 
 
 def _flash_attn(
@@ -58,14 +61,15 @@ PROVIDERS: dict[str, tuple[FreshAttention, Callable[[], str | None]]] = {
 
 
 def select_prefill(
-    wanted: str, device: torch.device, dtype: torch.dtype
+    wanted: str, device: torch.device, dtype: torch.dtype, head_size: int
 ) -> tuple[str, FreshAttention]:
     """Chooses the provider for an engine.
 
     Args:
         wanted: a name of `PROVIDERS`, or `auto` for the first that can run.
-        device: where the tokens lie; on a CPU there is one provider, PyTorch.
+        device: where the tokens lie.
         dtype: of the model; float32 is PyTorch's alone.
+        head_size: `D`.
 
     Returns:
         The name of the provider and the function, with the contract of `ops.fresh_attention`.
@@ -73,17 +77,22 @@ def select_prefill(
     Raises:
         ConfigError: no such provider, or it cannot run here.
     """
-    if wanted != AUTO and wanted not in PROVIDERS:
+    if wanted not in (AUTO, DENSE, *PROVIDERS):
         raise ConfigError(
             f"additional-config 'attentionpack' asks for prefill = '{wanted}'; "
-            f"allowed: {', '.join([AUTO, *PROVIDERS])}."
+            f"allowed: {', '.join([AUTO, *PROVIDERS, DENSE])}."
         )
     if device.type != "cuda":
-        if wanted not in (AUTO, "sdpa"):
+        if wanted not in (AUTO, DENSE, "sdpa"):
             raise ConfigError(
                 f"prefill = '{wanted}' needs a CUDA device, not {device.type}; leave it out."
             )
-        return "sdpa", fresh_attention
+        reason = None if wanted == "sdpa" else dense_prefill.unavailable(head_size, dtype)
+        if reason and wanted == DENSE:
+            raise ConfigError(f"prefill = '{DENSE}' cannot be used: {reason}; leave it out.")
+        return "sdpa" if reason or wanted == "sdpa" else DENSE, fresh_attention
+    if wanted == DENSE:
+        raise ConfigError(f"prefill = '{DENSE}' is for CPUs, not {device.type}; leave it out.")
     reasons = []
     for name, (function, missing) in PROVIDERS.items():
         if wanted not in (AUTO, name):

@@ -11,7 +11,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_attentionpack.attention.prefill import FreshAttention, select_prefill
+from vllm_attentionpack.attention.prefill import DENSE, FreshAttention, select_prefill
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.config import ServeConfig, serve_config
 from vllm_attentionpack.errors import PackMismatchError
@@ -57,6 +57,7 @@ class EngineState:
     ops: Ops
     ops_name: str
     fresh_attention: FreshAttention
+    prefills_densely: bool
     layers: dict[str, Any]
     codecs: dict[str, LayerCodec] = field(default_factory=dict)
     exact_layers: "dict[str, ExactWindowLayer]" = field(default_factory=dict)
@@ -82,8 +83,9 @@ class EngineState:
             name, ops, passed_over = select_ops(config.ops, device)
             for other, reason in passed_over.items():
                 logger.info("AttentionPack: the ops '%s' cannot be used: %s", other, reason)
+            model = vllm_config.model_config
             prefill, fresh_attention = select_prefill(
-                config.prefill, device, vllm_config.model_config.dtype
+                config.prefill, device, model.dtype, model.get_head_size()
             )
             logger.info(
                 "AttentionPack: attention runs on the ops '%s', among new tokens on '%s'",
@@ -100,6 +102,7 @@ class EngineState:
                 ops=ops,
                 ops_name=name,
                 fresh_attention=fresh_attention,
+                prefills_densely=prefill == DENSE and config.exact_prefill,
                 layers=vllm_config.compilation_config.static_forward_context,
             )
             object.__setattr__(home, _ATTRIBUTE, state)

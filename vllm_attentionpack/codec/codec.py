@@ -101,9 +101,12 @@ class PlaneCodec:
 
     def reconstruct(self, codes: Tensor, scale: Tensor, visual: Tensor) -> Tensor:
         """The tokens that codes stand for, float32 `[T, GD]`; see `encode` for the arguments."""
-        latent = (codes - self.zero_point) * scale[:, None]
+        return self.rebuild((codes - self.zero_point) * scale[:, None], visual)
+
+    def rebuild(self, latent: Tensor, visual: Tensor) -> Tensor:
+        """The tokens of float32 latents `[T, R]`, float32 `[T, GD]`."""
         index = visual.long() if self.basis.num_modalities == 2 else torch.zeros_like(visual.long())
-        out = torch.empty(len(codes), self.basis.mean.shape[1], device=codes.device)
+        out = torch.empty(len(latent), self.basis.mean.shape[1], device=latent.device)
         for m in range(self.basis.num_modalities):
             chosen = index == m
             out[chosen] = self.basis.mean[m] + latent[chosen] @ self.basis.decode[m]

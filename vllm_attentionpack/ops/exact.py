@@ -56,6 +56,21 @@ class ExactTokens:
             self.sinks,
         )
 
+    def of(self, requests: Tensor) -> "ExactTokens":
+        """Those of some requests, int64 `[b]`."""
+        return ExactTokens(
+            self.slots[requests],
+            self.present[requests],
+            self.starts[requests],
+            self.stops[requests],
+            self.sinks,
+        )
+
+    def positions(self, context: int) -> Tensor:
+        """int64 `[n]`: the positions of a request's tokens, of which `context` are cached."""
+        behind = torch.arange(self.slots.shape[1] - self.sinks)
+        return torch.cat([torch.arange(self.sinks), context - 1 - behind])
+
     def without_window(self, of: Tensor, context_lens: Tensor) -> "ExactTokens":
         """The same, but for requests `of` (bool `[B]`) sinks only; `context_lens` int `[B]`."""
         sink = self.slots.new_zeros(self.slots.shape[1], dtype=torch.bool)

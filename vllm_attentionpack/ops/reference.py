@@ -95,6 +95,43 @@ def store_kv(
                 _plane_view(kv_cache, plane, block_size)[block, offset] = packed
 
 
+def decompress(
+    kv_cache: Tensor,
+    blocks: Tensor,
+    tokens: int,
+    codec: LayerCodec,
+    block_size: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of a request's first tokens, rebuilt: for prefill, where many queries read
+    them.
+
+    Args:
+        kv_cache: uint8 `[num_blocks, block_bytes]`.
+        blocks: int, the request's blocks in the order of its tokens.
+        tokens: how many to rebuild.
+        codec: the layer's codec.
+        block_size: `S`.
+        dtype: of the results.
+
+    Returns:
+        Keys and values, `[tokens, Hk, D]` each.
+    """
+    planes = _planes_by_owner(codec.layout, block_size)
+    ids = blocks[None, : -(-tokens // block_size)].long()
+    pages = _Pages(kv_cache, ids, block_size)
+    shape = (2, tokens, codec.layout.num_kv_heads, codec.layout.head_size)
+    out = torch.empty(shape, dtype=dtype, device=kv_cache.device)
+    for g, (group, heads) in enumerate(codec.group_heads()):
+        for side, kind in enumerate(KINDS):
+            part: PlaneCodec = getattr(group, kind)
+            latent, visual = pages.read(ids, (part, planes[g, kind]))
+            rebuilt = part.rebuild(latent[0, :tokens], visual[0, :tokens])
+            out[side, :, heads] = rebuilt.unflatten(1, (-1, codec.layout.head_size)).to(dtype)
+    key, value = out
+    return key, value
+
+
 def absorb_query(query: Tensor, codec: LayerCodec, scale: float) -> AbsorbedQuery:
     """Maps queries into the latent space of the keys, `[T, Hq, D]` in any float dtype."""
     latent, mean_logit = [], []

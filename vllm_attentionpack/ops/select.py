@@ -37,6 +37,16 @@ class Ops(Protocol):
         block_size: int,
     ) -> None: ...
 
+    def decompress(
+        self,
+        kv_cache: Tensor,
+        blocks: Tensor,
+        tokens: int,
+        codec: LayerCodec,
+        block_size: int,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]: ...
+
     def absorb_query(self, query: Tensor, codec: LayerCodec, scale: float) -> AbsorbedQuery: ...
 
     def paged_attention(

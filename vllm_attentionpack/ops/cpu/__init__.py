@@ -113,6 +113,43 @@ def _encode(x: Tensor, tables: EncodeTables, split: int) -> Tensor:
     return latent
 
 
+def decompress(
+    kv_cache: Tensor,
+    blocks: Tensor,
+    tokens: int,
+    codec: LayerCodec,
+    block_size: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """See `ops.reference.decompress`."""
+    plan = _plan(codec, dtype)
+    layout = codec.layout
+    dims = layout.heads_per_group * layout.head_size
+    bfloat16 = dtype == torch.bfloat16
+    out = torch.empty(2, tokens, layout.num_kv_heads * layout.head_size, dtype=dtype)
+    for g, bases in enumerate(plan.decode(dtype if bfloat16 else torch.float32)):
+        for side, kind in enumerate(KINDS):
+            decode, mean = bases[kind]
+            latent, visual = library.unpack(
+                kv_cache,
+                blocks.int(),
+                plan.table(block_size)[g, side],
+                decode.shape[1],
+                tokens,
+                block_size,
+                bfloat16,
+            )
+            part = out[side, :, g * dims : (g + 1) * dims]
+            if codec.num_modalities == 1:
+                part.copy_(torch.addmm(mean[0], latent, decode[0]))
+                continue
+            for m, chosen in enumerate([~visual, visual]):
+                rows = chosen.nonzero()[:, 0]
+                part[rows] = torch.addmm(mean[m], latent[rows], decode[m]).to(dtype)
+    key, value = out.unflatten(2, (layout.num_kv_heads, layout.head_size))
+    return key, value
+
+
 def absorb_query(query: Tensor, codec: LayerCodec, scale: float) -> CpuQuery:
     """See `ops.reference.absorb_query`."""
     plan = _plan(codec, query.dtype)

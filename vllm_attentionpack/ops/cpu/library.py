@@ -1,4 +1,4 @@
-"""The compiled kernels as PyTorch ops: `attentionpack::cpu_attend`, `cpu_store` and `cpu_project`.
+"""The compiled kernels as PyTorch ops: `attentionpack::cpu_attend` and its siblings.
 
 The library is plain C++ behind a C interface (csrc/api.h) and loaded with ctypes, so that neither
 building nor loading it depends on PyTorch's headers. Its one unresolved symbol is OpenMP's way into
@@ -58,6 +58,14 @@ class _Project(ctypes.Structure):
     )
 
 
+class _Unpack(ctypes.Structure):
+    _fields_ = (
+        *((name, _INT) for name in ("threads", "tokens", "block_size", "block_bytes", "bfloat16")),
+        ("side", _INT * SIDE_FIELDS),
+        *((name, _POINTER) for name in ("cache", "blocks", "latent", "visual")),
+    )
+
+
 @dataclass(frozen=True)
 class Kernels:
     """The kernels of one instruction set.
@@ -95,7 +103,7 @@ def _load() -> ctypes.CDLL | str:
     library.ap_name.argtypes = (_POINTER,)
     library.ap_lanes.restype = _INT
     library.ap_lanes.argtypes = (_POINTER,)
-    for run in (library.ap_attend, library.ap_store, library.ap_project):
+    for run in (library.ap_attend, library.ap_store, library.ap_project, library.ap_unpack):
         run.restype = None
         run.argtypes = (_POINTER, _POINTER)
     return library
@@ -134,6 +142,10 @@ _LIBRARY.define(
 _LIBRARY.define(
     "cpu_project(Tensor x, Tensor matrix, Tensor scale, Tensor bounds, float factor, "
     "Tensor(a!) out) -> ()"
+)
+_LIBRARY.define(
+    "cpu_unpack(Tensor kv_cache, Tensor blocks, Tensor layout, int rank, int tokens, "
+    "int block_size, bool bfloat16) -> Tensor[]"
 )
 
 
@@ -292,6 +304,63 @@ def _project(
     chosen.library.ap_project(chosen.handle, ctypes.addressof(args))
 
 
+def _unpack(
+    kv_cache: Tensor,
+    blocks: Tensor,
+    layout: Tensor,
+    rank: int,
+    tokens: int,
+    block_size: int,
+    bfloat16: bool,
+) -> list[Tensor]:
+    """Latents of a request's first tokens, less the mean.
+
+    Args:
+        kv_cache: uint8 `[num_blocks, block_bytes]`, rows contiguous.
+        blocks: int32, those of the request.
+        layout: int64 `[SIDE_FIELDS]`.
+        rank: `R`.
+        tokens: how many.
+        bfloat16: the latents' dtype; else float32.
+
+    Returns:
+        Latents `[tokens, R]` in the order of the codec, and bool `[tokens]`, True for visual ones.
+    """
+    chosen = kernels()
+    results = _unpack_fake(kv_cache, blocks, layout, rank, tokens, block_size, bfloat16)
+    latent, visual = results
+    blocks = blocks.contiguous()
+    args = _Unpack(
+        torch.get_num_threads(),
+        tokens,
+        block_size,
+        kv_cache.stride(0),
+        bfloat16,
+        (_INT * SIDE_FIELDS)(*layout.tolist()),
+        kv_cache.data_ptr(),
+        blocks.data_ptr(),
+        latent.data_ptr(),
+        visual.data_ptr(),
+    )
+    chosen.library.ap_unpack(chosen.handle, ctypes.addressof(args))
+    return results
+
+
+def _unpack_fake(
+    kv_cache: Tensor,
+    blocks: Tensor,
+    layout: Tensor,
+    rank: int,
+    tokens: int,
+    block_size: int,
+    bfloat16: bool,
+) -> list[Tensor]:
+    latent = kv_cache.new_empty(
+        tokens, rank, dtype=torch.bfloat16 if bfloat16 else torch.float32
+    )
+    return [latent, kv_cache.new_empty(tokens, dtype=torch.bool)]
+
+
 def _mutates_only(*_: object) -> None:
     return None
 
@@ -299,10 +368,13 @@ def _mutates_only(*_: object) -> None:
 _LIBRARY.impl("cpu_attend", _attend, "CPU")
 _LIBRARY.impl("cpu_store", _store, "CPU")
 _LIBRARY.impl("cpu_project", _project, "CPU")
+_LIBRARY.impl("cpu_unpack", _unpack, "CPU")
 torch.library.register_fake("attentionpack::cpu_attend", _attend_fake, lib=_LIBRARY)
 torch.library.register_fake("attentionpack::cpu_store", _mutates_only, lib=_LIBRARY)
 torch.library.register_fake("attentionpack::cpu_project", _mutates_only, lib=_LIBRARY)
+torch.library.register_fake("attentionpack::cpu_unpack", _unpack_fake, lib=_LIBRARY)
 
 attend = torch.ops.attentionpack.cpu_attend.default
 store = torch.ops.attentionpack.cpu_store.default
 project = torch.ops.attentionpack.cpu_project.default
+unpack = torch.ops.attentionpack.cpu_unpack.default

@@ -89,14 +89,28 @@ class CpuPlan:
             )
             self.widths.append(up.shape[1])
             self.encode.append({kind: tables_of(getattr(group, kind)) for kind in KINDS})
-        self._layout = layout
+        self._codec = codec
         self._tables: dict[int, Tensor] = {}
+        self._decode: dict[torch.dtype, list[dict[Kind, tuple[Tensor, Tensor]]]] = {}
 
     def table(self, block_size: int) -> Tensor:
         """int64 `[groups, 2, SIDE_FIELDS]`: `Group` of csrc/api.h for each head group."""
         if block_size not in self._tables:
-            self._tables[block_size] = _layout_table(self._layout, block_size)
+            self._tables[block_size] = _layout_table(self._codec.layout, block_size)
         return self._tables[block_size]
+
+    def decode(self, dtype: torch.dtype) -> list[dict[Kind, tuple[Tensor, Tensor]]]:
+        """Per head group and kind the basis in `dtype`: decode `[M, R, GD]`, mean `[M, GD]`."""
+        if dtype not in self._decode:
+            self._decode[dtype] = [
+                {
+                    kind: (plane.basis.decode.to(dtype), plane.basis.mean.to(dtype))
+                    for kind in KINDS
+                    for plane in [getattr(group, kind)]
+                }
+                for group, _ in self._codec.group_heads()
+            ]
+        return self._decode[dtype]
 
 
 _PLANS: "WeakKeyDictionary[LayerCodec, dict[tuple[int, bool], CpuPlan]]" = WeakKeyDictionary()

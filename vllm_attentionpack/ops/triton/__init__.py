@@ -7,6 +7,7 @@ all of it can be captured in CUDA graphs; tensors that a call returns come from 
 which gives a graph its own pool.
 """
 
+from vllm_attentionpack.ops.reference import decompress
 from vllm_attentionpack.ops.triton.ops import (
     PackedLatent,
     PackedQuery,
@@ -21,6 +22,7 @@ __all__ = [
     "PackedLatent",
     "PackedQuery",
     "absorb_query",
+    "decompress",
     "paged_attention",
     "store_kv",
     "unavailable",

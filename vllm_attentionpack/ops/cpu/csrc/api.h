@@ -61,6 +61,17 @@ struct Project {
     float* out;
 };
 
+// Latents of the first `tokens` tokens of a request, less the mean.
+struct Unpack {
+    int64_t threads, tokens, block_size, block_bytes;
+    int64_t bfloat16;  // the latents are; else float
+    Side side;
+    const uint8_t* cache;
+    const int32_t* blocks;  // of the request
+    void* latent;           // [tokens, rank]
+    uint8_t* visual;        // [tokens]
+};
+
 struct Store {
     int64_t threads, tokens, rank, block_size, block_bytes;
     int64_t modalities;

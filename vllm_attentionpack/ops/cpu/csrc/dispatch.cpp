@@ -272,6 +272,15 @@ void ap_store(const void* chosen, const Store* args) {
     });
 }
 
+void ap_unpack(const void* chosen, const Unpack* args) {
+    const Kernels& kernels = *static_cast<const Kernels*>(chosen);
+    constexpr int64_t batch = 64;  // tokens per turn
+    parallel(args->threads, (args->tokens + batch - 1) / batch, [&](int64_t turn) {
+        const int64_t end = std::min(args->tokens, (turn + 1) * batch);
+        for (int64_t token = turn * batch; token < end; ++token) kernels.unpack(*args, token);
+    });
+}
+
 void ap_project(const void* chosen, const Project* args) {
     const Kernels& kernels = *static_cast<const Kernels*>(chosen);
     const int64_t rows = args->tokens * args->repeats;

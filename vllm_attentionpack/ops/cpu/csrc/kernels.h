@@ -49,6 +49,7 @@ struct Kernels {
     void (*store)(const Store&, int64_t token, float* memory);
     void (*project)(const Project&, int64_t batch, int64_t first_row, int64_t rows, uint8_t* memory);
     int64_t (*project_memory)(const Project&, int64_t rows);
+    void (*unpack)(const Unpack&, int64_t token);
 };
 
 extern const Kernels kScalarKernels;
