@@ -41,6 +41,11 @@ LAYOUTS = {
 SHAPES = [(2, 1, 4, 64, 1), (2, 2, 4, 32, 2), (4, 2, 28, 32, 2), (1, 1, 9, 64, 2), (4, 4, 4, 16, 1)]
 
 
+def planes_of(name: str) -> tuple[PlaneCounts, PlaneCounts]:
+    key, value = (PlaneCounts(n8=n8, n4=n4, n2=n2) for n8, n4, n2 in LAYOUTS[name])
+    return key, value
+
+
 @pytest.fixture(params=INSTRUCTION_SETS)
 def isa(request):
     with instruction_set(request.param):
@@ -82,11 +87,10 @@ def test_attention_in_every_shape(isa, shape, dtype, causal):
         check(codec, case, dtype, None, case.seq_lens if causal else case.context_lens, causal)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_attention_in_every_layout(isa, layout, dtype):
-    key, value = (PlaneCounts(n8=n8, n4=n4, n2=n2) for n8, n4, n2 in layout)
-    codec = random_codec(2, 2, 32, 2, key, value)
+    codec = random_codec(2, 2, 32, 2, *planes_of(layout))
     case = paged_batch(codec, 4, CONTEXTS, FRESH, 32)
     check(codec, case, dtype)
 
@@ -216,12 +220,11 @@ def test_no_request_at_all(isa):
     assert out.shape == (0, 4, 32) and lse.shape == (0, 4)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("modalities", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_store_writes_the_bytes_of_the_reference(isa, layout, modalities, dtype):
-    key_planes, value_planes = (PlaneCounts(n8=n8, n4=n4, n2=n2) for n8, n4, n2 in layout)
-    codec = random_codec(4, 2, 32, modalities, key_planes, value_planes, padding=5)
+    codec = random_codec(4, 2, 32, modalities, *planes_of(layout), padding=5)
     generator = torch.Generator().manual_seed(0)
     key, value = torch.randn(2, 70, 4, 32, generator=generator).to(dtype)
     slots = torch.randperm(6 * 16, generator=generator)[:70]
@@ -305,16 +308,41 @@ def test_products_of_packed_matrices(isa, dtype, repeats, count):
     packed = PackedMap(matrix, library.kernels().lanes, runs)
     x = torch.randn(tokens, heads, repeats, 2 * sum(runs), generator=generator)
     x = (x[..., : sum(runs)] * spread).to(dtype).transpose(0, 1)
-    out = torch.full((tokens, heads, repeats, width + 5), 7.0)
-    with threads(count):
-        part = out[..., :width].transpose(0, 1)
-        packed.into(part, x, 0.5)
-    want = 0.5 * x.double() @ matrix.double()[:, None]
-    assert (part - want).abs().max() < 1e-3 * want.abs().max()
-    assert (out[..., width:] == 7).all()
+    shift = torch.randn(sum(runs), generator=generator) * spread
+    for taken in (None, shift):
+        out = torch.full((tokens, heads, repeats, width + 5), 7.0)
+        with threads(count):
+            part = out[..., :width].transpose(0, 1)
+            packed.into(part, x, 0.5, taken)
+        centred = x.double() - (0 if taken is None else taken.double())
+        want = 0.5 * centred @ matrix.double()[:, None]
+        assert (part - want).abs().max() < 1e-3 * want.abs().max()
+        assert (out[..., width:] == 7).all()
 
 
-@pytest.mark.parametrize("name", ["cpu_attend", "cpu_store", "cpu_project"])
+@pytest.mark.parametrize("name", [*LAYOUTS, "identity"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decompression(isa, name, dtype):
+    """Blocks in any order, garbage in unused slots, and a last block that is not full."""
+    if name == "identity":
+        codec = identity_codec(2, 32)
+    else:
+        codec = random_codec(2, 2, 32, 2, *planes_of(name))
+    case = paged_batch(codec, 4, [0, 1, 15, 16, 17, 70], [1] * 6, 16)
+    for row, tokens in enumerate(case.contexts):
+        args = (case.kv_cache, case.block_table[row], tokens, codec, 16)
+        want = reference.decompress(*args, torch.float32)
+        found = cpu.decompress(*args, dtype)
+        for x, y in zip(found, want, strict=True):
+            assert x.dtype == dtype and x.shape == y.shape == (tokens, 2, 32)
+            if tokens:
+                # bfloat16: latents, the basis and the result are rounded.
+                tolerance = {torch.bfloat16: 0.02, torch.float16: 1e-3, torch.float32: 1e-5}[dtype]
+                exact = name == "identity" and dtype == torch.bfloat16
+                assert (x - y).abs().max() <= (0 if exact else tolerance * y.abs().max())
+
+
+@pytest.mark.parametrize("name", ["cpu_attend", "cpu_store", "cpu_project", "cpu_unpack"])
 def test_custom_ops_have_fakes(name):
     """PyTorch's own check: schema, mutation, fake tensors."""
     codec = random_codec(2, 2, 32)
@@ -328,7 +356,10 @@ def test_custom_ops_have_fakes(name):
     elif name == "cpu_project":
         packed = plan.absorb[0]
         x, out = torch.randn(2, 3, 1, 32), torch.empty(2, 3, 1, packed.width)
-        args = (x, packed.matrix, packed.scale, packed.bounds, 0.5, out)
+        args = (x, torch.randn(32), packed.matrix, packed.scale, packed.bounds, 0.5, out)
+    elif name == "cpu_unpack":
+        rank = codec.groups[0].key.rank
+        args = (case.kv_cache, case.block_table[0], table[0, 0], rank, 40, 16, True)
     else:
         encode = plan.encode[0]["key"]
         latent = torch.randn(3, len(encode.step))

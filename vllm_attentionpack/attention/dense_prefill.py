@@ -153,7 +153,8 @@ class DensePrefill:
         block_size: int,
         exact: tuple[Tensor, ExactTokens] | None,
         scale: float,
-    ) -> Tensor:
+        out: Tensor,
+    ) -> None:
         """Attention of the chosen requests' new tokens to all tokens before them.
 
         Args:
@@ -167,17 +168,13 @@ class DensePrefill:
             block_size: `S`.
             exact: exact pages `[num_blocks, S', 2, Hk, D]` and which of their tokens are read.
             scale: softmax scale.
-
-        Returns:
-            `[len(dense.tokens), Hq, D]`.
+            out: `[T, Hq, D]`, contiguous; mutated where `dense.tokens` are.
         """
         whole = dense.rest is None
         query, key, value = (
             (x if whole else x[dense.tokens]).contiguous() for x in (query, key, value)
         )
-        for request, context, slot in zip(
-            dense.requests, dense.contexts, dense.slots, strict=True
-        ):
+        for request, context, slot in zip(dense.requests, dense.contexts, dense.slots, strict=True):
             for first in range(0, context, _SLAB):
                 self._write_context(
                     kv_cache,
@@ -190,13 +187,13 @@ class DensePrefill:
             if exact is not None and context:
                 self._write_exact(*exact, request, context, slot)
         self._write(key, value, dense.fresh_slots)
-        out = torch.empty_like(query)
+        result = out[: len(query)] if whole else torch.empty_like(query)
         key_cache, value_cache = self.pages.chunk(2, dim=2)
         vllm_ops.cpu_attention_with_kv_cache(
             query=query,
             key_cache=key_cache,
             value_cache=value_cache,
-            output=out,
+            output=result,
             query_start_loc=dense.query_start_loc,
             seq_lens=dense.seq_lens,
             scale=scale,
@@ -208,7 +205,8 @@ class DensePrefill:
             scheduler_metadata=dense.schedule,
             s_aux=None,
         )
-        return out
+        if not whole:
+            out[dense.tokens] = result
 
     def _reserve(self, blocks: int) -> None:
         if len(self.pages) < blocks:

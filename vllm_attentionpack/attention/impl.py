@@ -119,8 +119,7 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
             result = self._attend(fresh, kv_cache, attn_metadata, exact)
             output[:tokens] = result.view_as(output[:tokens])
             return output
-        result = self._attend_densely(fresh, kv_cache, attn_metadata, dense, exact)
-        output[dense.tokens] = result.view_as(output[dense.tokens])
+        self._attend_densely(fresh, kv_cache, attn_metadata, dense, exact, output)
         if dense.rest is not None:
             if exact is not None:
                 exact = _ExactCache(exact.pages, exact.tokens.of(dense.rest_requests))
@@ -146,9 +145,10 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
         metadata: AttentionPackMetadata,
         dense: DenseStep,
         exact: "_ExactCache | None",
-    ) -> Tensor:
+        output: Tensor,
+    ) -> None:
         assert self.codec is not None
-        return dense.workspace.attend(
+        dense.workspace.attend(
             dense,
             fresh.query,
             fresh.key,
@@ -159,6 +159,7 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
             kv_cache.shape[2],
             None if exact is None else (exact.pages, exact.tokens),
             self.scale,
+            output.view(-1, self.num_heads, self.head_size),
         )
 
     def _fresh_exactly(

@@ -107,9 +107,8 @@ def _encode(x: Tensor, tables: EncodeTables, split: int) -> Tensor:
     latent = x.new_empty(len(x), tables.step.shape[0], dtype=torch.float32)
     for m, (first, stop) in enumerate([(0, split), (split, len(x))]):
         if stop > first:
-            # Before rounding: a mean may be many times larger than what tokens differ by.
-            centred = torch.sub(x[first:stop], tables.mean[m])
-            tables.maps[m].into(latent[None, first:stop, None], centred[None, :, None])
+            rows = x[None, first:stop, None]
+            tables.maps[m].into(latent[None, first:stop, None], rows, shift=tables.mean[m])
     return latent
 
 

@@ -54,7 +54,7 @@ class _Project(ctypes.Structure):
         *((name, _INT) for name in ("x_batch", "x_token", "x_repeat")),
         *((name, _INT) for name in ("out_batch", "out_token", "out_repeat", "bfloat16")),
         ("factor", ctypes.c_double),
-        *((name, _POINTER) for name in ("bounds", "x", "matrix", "scale", "out")),
+        *((name, _POINTER) for name in ("shift", "bounds", "x", "matrix", "scale", "out")),
     )
 
 
@@ -140,8 +140,8 @@ _LIBRARY.define(
     "Tensor? visual, Tensor layout, Tensor(a!) kv_cache, int block_size) -> ()"
 )
 _LIBRARY.define(
-    "cpu_project(Tensor x, Tensor matrix, Tensor scale, Tensor bounds, float factor, "
-    "Tensor(a!) out) -> ()"
+    "cpu_project(Tensor x, Tensor? shift, Tensor matrix, Tensor scale, Tensor bounds, "
+    "float factor, Tensor(a!) out) -> ()"
 )
 _LIBRARY.define(
     "cpu_unpack(Tensor kv_cache, Tensor blocks, Tensor layout, int rank, int tokens, "
@@ -273,12 +273,19 @@ def _store(
 
 
 def _project(
-    x: Tensor, matrix: Tensor, scale: Tensor, bounds: Tensor, factor: float, out: Tensor
+    x: Tensor,
+    shift: Tensor | None,
+    matrix: Tensor,
+    scale: Tensor,
+    bounds: Tensor,
+    factor: float,
+    out: Tensor,
 ) -> None:
-    """`out[b] = factor * x[b] @ matrix[b]`.
+    """`out[b] = factor * (x[b] - shift) @ matrix[b]`.
 
     Args:
         x: bfloat16 or float32 `[B, T, repeats, depth]`, contiguous along a row.
+        shift: float32 `[depth]`, contiguous; None for zero.
         matrix: int16, with `scale` and `bounds`; see `maps.PackedMap`.
         scale: float32.
         bounds: int64.
@@ -295,6 +302,7 @@ def _project(
         *out.stride()[:3],
         x.dtype == torch.bfloat16,
         factor,
+        None if shift is None else shift.data_ptr(),
         bounds.data_ptr(),
         x.data_ptr(),
         matrix.data_ptr(),
@@ -355,9 +363,7 @@ def _unpack_fake(
     block_size: int,
     bfloat16: bool,
 ) -> list[Tensor]:
-    latent = kv_cache.new_empty(
-        tokens, rank, dtype=torch.bfloat16 if bfloat16 else torch.float32
-    )
+    latent = kv_cache.new_empty(tokens, rank, dtype=torch.bfloat16 if bfloat16 else torch.float32)
     return [latent, kv_cache.new_empty(tokens, dtype=torch.bool)]
 
 

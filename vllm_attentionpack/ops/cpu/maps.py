@@ -30,13 +30,16 @@ class Map(ABC):
     width: int
 
     @abstractmethod
-    def into(self, out: Tensor, x: Tensor, factor: float = 1.0) -> None:
-        """Writes `factor * x @ matrix`.
+    def into(
+        self, out: Tensor, x: Tensor, factor: float = 1.0, shift: Tensor | None = None
+    ) -> None:
+        """Writes `factor * (x - shift) @ matrix`.
 
         Args:
             out: float32 `[B, T, repeats, width]`, contiguous along a row; mutated.
             x: `[B, T, repeats, depth]`, contiguous along a row.
             factor: of the result.
+            shift: float32 `[depth]`; None for zero.
         """
 
     def __call__(self, x: Tensor, factor: float = 1.0) -> Tensor:
@@ -53,8 +56,11 @@ class FloatMap(Map):
         self.matrix = matrix.contiguous()
         self.width = matrix.shape[2]
 
-    def into(self, out: Tensor, x: Tensor, factor: float = 1.0) -> None:
-        rows = x.float().mul(factor).flatten(1, 2)
+    def into(
+        self, out: Tensor, x: Tensor, factor: float = 1.0, shift: Tensor | None = None
+    ) -> None:
+        rows = x.float() if shift is None else torch.sub(x, shift)
+        rows = (rows if factor == 1 else rows * factor).flatten(1, 2)
         out.copy_(torch.bmm(rows, self.matrix).unflatten(1, x.shape[1:3]))
 
 
@@ -89,5 +95,7 @@ class PackedMap(Map):
         self.bounds = torch.tensor([0, *accumulate(lengths)])
         self.width = width
 
-    def into(self, out: Tensor, x: Tensor, factor: float = 1.0) -> None:
-        library.project(x, self.matrix, self.scale, self.bounds, factor, out)
+    def into(
+        self, out: Tensor, x: Tensor, factor: float = 1.0, shift: Tensor | None = None
+    ) -> None:
+        library.project(x, shift, self.matrix, self.scale, self.bounds, factor, out)

@@ -43,7 +43,7 @@ struct Attend {
     float* lse;                   // [T, Hq]
 };
 
-// out[b] = factor * x[b] @ matrix[b] for `batch` matrices of 16-bit integers, each with its rows in
+// out[b] = factor * (x[b] - shift) @ matrix[b] for `batch` matrices of 16-bit integers, each with its rows in
 // segments of at most kSegment that have a scale per column; see `maps.py` for the order. Rows of
 // `x` are numbered (token, repeat); strides count elements, those along a row are one.
 constexpr int64_t kSegment = 128;
@@ -54,6 +54,7 @@ struct Project {
     int64_t out_batch, out_token, out_repeat;
     int64_t bfloat16;  // x is; else float
     double factor;
+    const float* shift;     // [depth], or null
     const int64_t* bounds;  // [segments + 1]: where they begin, even, and the end
     const void* x;
     const int16_t* matrix;  // [batch, panels, steps, columns of a panel, 2]

@@ -52,6 +52,9 @@ class Projection {
         } else {
             std::memcpy(row_, static_cast<const float*>(args_.x) + at, depth_ * 4);
         }
+        // Before rounding: a mean may be many times larger than what tokens differ by.
+        if (args_.shift)
+            for (int64_t i = 0; i < depth_; ++i) row_[i] -= args_.shift[i];
         int32_t* out = left_ + row * steps_;
         out[steps_ - 1] = 0;  // the second number of a pair that has one
         for (int64_t s = 0; s < args_.segments; ++s) {
