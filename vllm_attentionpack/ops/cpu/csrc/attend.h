@@ -28,12 +28,16 @@ constexpr int kSubVectors = kSub / kLanes;
 constexpr int kValueVectors = 4;
 constexpr int kAheadTurns = 16;  // in which a tile's bytes are asked for; a tile has more of them
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kLargest16 = 32767.0f, kLargest8 = 127.0f;
-// Weights of a tile go to 8 bits, for the planes of 2 bits, where the largest is at most this many
-// times their root mean square: rounding then adds less than 2 % to dims whose own error is 34 %.
-constexpr float kEvenWeights = 8.0f;
-// Queries go to 8 bits, for the planes of 2 bits, where that moves logits by less than this (root
-// mean square).
+constexpr float kLargest16 = 32767.0f, kLargest8 = 127.0f, kLargestWeight8 = 255.0f;
+// Weights of a tile go to 8 bits for planes of 2 and 4 bits. One that is more than this many times
+// their root mean square is left out and added by itself; no tile has two. Rounding then adds at
+// most 0.1 % to the energy of the error of dims of 2 bits (34 % of them) and 0.7 % to that of 4 bits
+// (11 %), and for usual weights a fifth of that.
+constexpr float kOutlier = 8.0f;
+static_assert(kTile <= 2 * kOutlier * kOutlier, "room for one outlier only");
+static_assert(kTile / 4 <= kQuadSteps && kSteps / 4 <= kQuadSteps, "sums of quads would overflow");
+// Queries go to 8 bits for these planes where that moves logits by less than this (root mean
+// square).
 constexpr float kQuadError = 0.01f;
 
 // Tokens of one modality, in the order of their positions.
@@ -46,35 +50,49 @@ struct Tile {
     float value_scale[kTile];
 };
 
-// `NARROW`: planes of 2 bits may go by `Quads`.
+// Planes whose codes may meet numbers of 8 bits.
+constexpr bool by_quads(int64_t bits) { return bits == 2 || bits == 4; }
+
+// `NARROW`: these planes may go by quads.
 template <bool NARROW>
 struct Integers {
     typedef Int Sum;
     static constexpr int kPerStep = 2;
     static constexpr bool kNarrow = NARROW;
-    static AP_INLINE Sum step(Sum acc, int32_t left, Int right) {
-        return dot(acc, splat(left), right);
+    static AP_INLINE Sum step(Sum acc, Int left, Int right) {
+        return dot(acc, left, right);
     }
     static AP_INLINE Float value(Sum acc) { return to_float(acc); }
 };
 
-// Four codes of two bits to a lane, against numbers of 8 bits: what that adds to the error of 2-bit
-// codes is small, and it is twice as fast.
-struct Quads {
+// Four codes to a lane, against numbers of 8 bits: queries, which have a sign, or weights, which have
+// none. What that adds to the error of codes of so few bits is small, and it is twice as fast.
+template <int BITS>
+struct QueryQuads {
     typedef Int Sum;
     static constexpr int kPerStep = 4;
-    static AP_INLINE Sum step(Sum acc, int32_t left, Int right) {
-        return dot_quad(acc, right, splat(left));
+    static AP_INLINE Sum step(Sum acc, Int left, Int right) {
+        return dot_quad<BITS>(acc, right, left);
     }
-    static AP_INLINE Float value(Sum acc) { return to_float(quad_sum(acc)); }
+    static AP_INLINE Float value(Sum acc) { return to_float(quad_sum<BITS, true>(acc)); }
+};
+
+template <int BITS>
+struct WeightQuads {
+    typedef Int Sum;
+    static constexpr int kPerStep = 4;
+    static AP_INLINE Sum step(Sum acc, Int left, Int right) {
+        return dot_quad<BITS>(acc, left, right);
+    }
+    static AP_INLINE Float value(Sum acc) { return to_float(quad_sum<BITS, false>(acc)); }
 };
 
 struct Floats {
     typedef Float Sum;
     static constexpr int kPerStep = 1;
     static constexpr bool kNarrow = false;
-    static AP_INLINE Sum step(Sum acc, int32_t left, Int right) {
-        return acc + (Float)splat(left) * (Float)right;
+    static AP_INLINE Sum step(Sum acc, Int left, Int right) {
+        return acc + (Float)left * (Float)right;
     }
     static AP_INLINE Float value(Sum acc) { return acc; }
 };
@@ -96,9 +114,10 @@ AP_INLINE void multiply(const int32_t* left, int64_t left_stride, const Int* rig
         for (int n = 0; n < N; ++n) column[n] = pinned(right[s * right_stride + n]);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
+            // Pinned, too: else it is read again for every column.
+            const Int row = pinned(splat(left[r * left_stride + s]));
 #pragma GCC unroll 8
-            for (int n = 0; n < N; ++n)
-                out[r][n] = pinned(A::step(out[r][n], left[r * left_stride + s], column[n]));
+            for (int n = 0; n < N; ++n) out[r][n] = pinned(A::step(out[r][n], row, column[n]));
         }
     };
     int s = 0;
@@ -299,24 +318,30 @@ struct Scratch {
     alignas(64) int32_t weights[kMaxRows][kTile];  // kTile / 2 pairs, or kTile floats
     float weight_scale[kMaxRows];
     float weight_zero[kMaxRows];  // sum of the weights over the tile, in the units of `weights`
-    // The same in 8 bits, of rows that are `even`.
+    // The same in 8 bits, without the row's outlier: a token of the tile, or none (-1).
     alignas(64) Int quad_codes[kTile / 4 * kValueVectors];
     alignas(64) int32_t quad_weights[kMaxRows][kTile / 4];
     float quad_scale[kMaxRows];
     float quad_zero[kMaxRows];
-    bool even[kMaxRows];
+    int outlier[kMaxRows];
+    float outlier_weight[kMaxRows];
     float keep[kMaxRows];
     Tile tiles[2];
 };
 
 // Queries of one item and modality, ready for `multiply`; filled by `prepare_queries`.
 struct Queries {
-    int32_t* steps;      // [rows][stride], 16-bit pairs or floats, in the order of the key's words
-    float* scale;        // [rows][segments]
-    bool* quads;         // [segments]: 8-bit numbers instead, in the first half of the steps
-    float* bias;         // [rows]: what the zero points of all codes amount to
-    float* mean_logit;   // [rows]
-    int64_t stride, segments;
+    // As floats or 16-bit pairs, or as 8-bit quads; in the order of the key's words.
+    struct Numbers {
+        int32_t* steps;  // [rows][stride]
+        float* scale;    // [rows][segments]
+        float* shift;    // [rows][segments]: what the zero points of the codes amount to
+        int64_t stride;
+    };
+    Numbers wide, quads;
+    float* reach;       // [segments]: tokens of this scale or less may meet quads; -1: none
+    float* mean_logit;  // [rows]
+    int64_t segments;
 };
 
 template <class A>
@@ -328,12 +353,10 @@ class Attention {
         memory += sizeof(Scratch);
         for (int64_t m = 0; m < args.modalities; ++m) {
             Queries& q = queries_[m];
-            q.stride = group_.key.rank / A::kPerStep;
             q.segments = count_segments(group_.key);
-            q.steps = take<int32_t>(memory, piece.rows * q.stride);
-            q.scale = take<float>(memory, piece.rows * q.segments);
-            q.quads = take<bool>(memory, q.segments);
-            q.bias = take<float>(memory, piece.rows);
+            take_numbers(memory, q, q.wide, A::kPerStep);
+            if (A::kNarrow) take_numbers(memory, q, q.quads, 4);
+            q.reach = take<float>(memory, q.segments);
             q.mean_logit = take<float>(memory, piece.rows);
             s_->tiles[m].count = 0;
         }
@@ -384,6 +407,13 @@ class Attention {
         return result;
     }
 
+    void take_numbers(uint8_t*& memory, const Queries& q, Queries::Numbers& out, int per_step) {
+        out.stride = group_.key.rank / per_step;
+        out.steps = take<int32_t>(memory, piece_.rows * out.stride);
+        out.scale = take<float>(memory, piece_.rows * q.segments);
+        out.shift = take<float>(memory, piece_.rows * q.segments);
+    }
+
     static int64_t count_segments(const Side& side) {
         int64_t segments = 0;
         for (int p = 0; p < side.num_planes; ++p) {
@@ -414,7 +444,6 @@ class Attention {
             Queries& q = queries_[m];
             for (int64_t row = 0; row < piece_.rows; ++row) {
                 q.mean_logit[row] = rows[row][args_.modalities * rank + m];
-                q.bias[row] = 0;
             }
             int64_t segment = 0, dim = m * rank, step = 0;
             for_segments(group_.key, [&](const Plane& plane, int64_t, int64_t words) {
@@ -422,12 +451,17 @@ class Attention {
                 float magnitude[kMaxRows];
                 for (int64_t row = 0; row < piece_.rows; ++row)
                     magnitude[row] = largest_magnitude(rows[row] + dim, dims);
-                q.quads[segment] =
-                    A::kNarrow && plane.bits == 2 &&
-                    *std::max_element(magnitude, magnitude + piece_.rows) <= narrow_limit();
-                for (int64_t row = 0; row < piece_.rows; ++row)
-                    prepare_segment(q, row, rows[row] + dim, magnitude[row], plane, segment, step,
-                                    dims);
+                const bool quads = A::kNarrow && by_quads(plane.bits);
+                const float most = *std::max_element(magnitude, magnitude + piece_.rows);
+                q.reach[segment] = quads ? quad_reach(plane.bits, most) : -1;
+                for (int64_t row = 0; row < piece_.rows; ++row) {
+                    const int64_t at = row * q.segments + segment;
+                    const float zero = 0.5f * float(zero_doubled(plane.bits));
+                    prepare_wide(q.wide, row, rows[row] + dim, magnitude[row], zero, at, step, dims);
+                    if (quads)
+                        prepare_quads(q.quads, row, rows[row] + dim, magnitude[row], zero, at,
+                                      step / 2, dims);
+                }
                 dim += dims;
                 step += dims / A::kPerStep;
                 ++segment;
@@ -435,29 +469,35 @@ class Attention {
         }
     }
 
-    // Up to what magnitude 8-bit queries leave the logits as they are, but for kQuadError. A number
-    // is off by 0.29 steps, a code by 1.1 from zero, and scales of tokens are about one.
-    float narrow_limit() const {
-        return kLargest8 * kQuadError / (0.29f * 1.1f * std::sqrt(float(group_.key.rank)));
+    // The largest scale of tokens whose logits 8-bit queries of at most this magnitude leave as they
+    // are, but for kQuadError. A number is off by 0.29 steps, a code of 2 bits by 1.1 from zero, one
+    // of 4 bits by 3.0.
+    float quad_reach(int64_t bits, float most) const {
+        const float code = bits == 2 ? 1.1f : 3.0f;
+        const float error = 0.29f * most / kLargest8 * code * std::sqrt(float(group_.key.rank));
+        return kQuadError / std::max(error, 1e-30f);
     }
 
-    void prepare_segment(Queries& q, int64_t row, const float* query, float most,
-                         const Plane& plane, int64_t segment, int64_t step, int64_t dims) {
+    static void prepare_wide(Queries::Numbers& q, int64_t row, const float* query, float most,
+                             float zero, int64_t at, int64_t step, int64_t dims) {
         int32_t* out = q.steps + row * q.stride + step;
-        float& scale = q.scale[row * q.segments + segment];
+        float total = 0;
         if constexpr (A::kPerStep == 1) {
             std::memcpy(out, query, dims * 4);
-            scale = 1;
+            q.scale[at] = 1;
         } else {
-            float total;
-            if (q.quads[segment]) {
-                scale = quantize<int8_t>(query, dims, most, kLargest8, out, &total);
-                order_quads(out, dims / 4);
-            } else {
-                scale = quantize<int16_t>(query, dims, most, kLargest16, out, &total);
-            }
-            q.bias[row] -= scale * 0.5f * float(zero_doubled(plane.bits)) * total;
+            q.scale[at] = quantize<int16_t>(query, dims, most, kLargest16, out, &total);
         }
+        q.shift[at] = -q.scale[at] * zero * total;
+    }
+
+    static void prepare_quads(Queries::Numbers& q, int64_t row, const float* query, float most,
+                              float zero, int64_t at, int64_t step, int64_t dims) {
+        int32_t* out = q.steps + row * q.stride + step;
+        float total;
+        q.scale[at] = quantize<int8_t>(query, dims, most, kLargest8, out, &total);
+        q.shift[at] = -q.scale[at] * zero * total;
+        order_quads(out, dims / 4);
     }
 
     // Calls f(plane, first word, words) for every segment.
@@ -523,6 +563,8 @@ class Attention {
 
     void multiply_keys(int64_t m, int from, int count) {
         const Tile& tile = s_->tiles[m];
+        const float largest_scale =
+            *std::max_element(tile.key_scale + from, tile.key_scale + from + count);
         const uint8_t* rows[kSub];
         int64_t step = 0, segment = 0;
         for_segments(group_.key, [&](const Plane& plane, int64_t word, int64_t words) {
@@ -533,10 +575,13 @@ class Attention {
             fetch_ahead();
             const int steps = int(words * 32 / plane.bits / A::kPerStep);
             KeyWork work{m, step, segment, steps, from};
-            if (A::kNarrow && queries_[m].quads[segment]) {
-                unpack_key_words<A, 2, true>(s_->words, words, s_->codes);
+            if (A::kNarrow && largest_scale <= queries_[m].reach[segment]) {
+                work.step /= 2;
                 work.steps /= 2;
-                key_columns<Quads>(work, count / kLanes);
+                if (plane.bits == 2)
+                    key_quads<2>(words, work, count / kLanes);
+                else
+                    key_quads<4>(words, work, count / kLanes);
             } else {
                 unpack_keys<A>(plane.bits, s_->words, words, s_->codes);
                 key_columns<A>(work, count / kLanes);
@@ -552,6 +597,12 @@ class Attention {
         int steps, from;
     };
 
+    template <int BITS>
+    AP_INLINE void key_quads(int64_t words, const KeyWork& work, int vectors) {
+        unpack_key_words<A, BITS, true>(s_->words, words, s_->codes);
+        key_columns<QueryQuads<BITS>>(work, vectors);
+    }
+
     template <class B>
     AP_INLINE void key_columns(const KeyWork& work, int vectors) {
         for_vector_blocks(vectors, [&](auto n, int v) {
@@ -560,19 +611,22 @@ class Attention {
     }
 
     template <class B, int ROWS, int N>
-    AP_INLINE void key_block(const KeyWork& work, int64_t row, int v) {
-        const Queries& q = queries_[work.m];
+    AP_NOINLINE void key_block(const KeyWork& work, int64_t row, int v) {
+        const int64_t segments = queries_[work.m].segments;
+        const Queries::Numbers& q =
+            B::kPerStep == 4 ? queries_[work.m].quads : queries_[work.m].wide;
         typename B::Sum acc[ROWS][N];
         multiply<B, ROWS, N>(q.steps + row * q.stride + work.step, q.stride, s_->codes + v,
                              kSubVectors, work.steps, acc);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
-            const float scale = q.scale[(row + r) * q.segments + work.segment];
+            const float scale = q.scale[(row + r) * segments + work.segment];
+            const float shift = q.shift[(row + r) * segments + work.segment];
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) {
                 float* logit = s_->logits[row + r] + work.from + (v + n) * kLanes;
-                const Float before = work.segment ? load<Float>(logit) : splat(q.bias[row + r]);
-                store(logit, before + B::value(acc[r][n]) * scale);
+                const Float before = work.segment ? load<Float>(logit) : Float{};
+                store(logit, before + (B::value(acc[r][n]) * scale + shift));
             }
         }
     }
@@ -618,12 +672,23 @@ class Attention {
             const float most = largest(heaviest);
             s_->weight_scale[row] = quantize<int16_t>(logits, padded, most, kLargest16,
                                                       s_->weights[row], &s_->weight_zero[row]);
-            s_->even[row] = A::kNarrow && most * most * float(tile.count) <=
-                                              kEvenWeights * kEvenWeights * attentionpack::sum(energy);
-            if (s_->even[row])
-                s_->quad_scale[row] = quantize<int8_t>(logits, padded, most, kLargest8,
-                                                       s_->quad_weights[row], &s_->quad_zero[row]);
+            if (A::kNarrow) weigh_quads(row, padded, most, attentionpack::sum(energy));
         }
+    }
+
+    // The weights of one row, in `logits`, in 8 bits.
+    void weigh_quads(int64_t row, int padded, float most, float energy) {
+        float* weights = s_->logits[row];
+        s_->outlier[row] = -1;
+        if (most * most * float(padded) > kOutlier * kOutlier * energy) {
+            const int at = int(std::max_element(weights, weights + padded) - weights);
+            s_->outlier[row] = at;
+            s_->outlier_weight[row] = weights[at];
+            weights[at] = 0;
+            most = largest_magnitude(weights, padded);
+        }
+        s_->quad_scale[row] = quantize<uint8_t>(weights, padded, most, kLargestWeight8,
+                                                s_->quad_weights[row], &s_->quad_zero[row]);
     }
 
     // How many tokens of the tile this row sees.
@@ -636,11 +701,7 @@ class Attention {
     void multiply_values(int64_t m, int padded) {
         const Tile& tile = s_->tiles[m];
         const uint8_t* rows[kTile];
-        int64_t even_rows = 0;
-        for_row_blocks([&](auto size, int64_t row) {
-            if (all_even(row, size)) even_rows += size;
-        });
-        ValueWork work{m, 0, padded / A::kPerStep, 0, even_rows > 0, even_rows < piece_.rows};
+        ValueWork work{m, 0, padded / A::kPerStep, 0};
         for (int p = 0; p < group_.value.num_planes; ++p) {
             const Plane& plane = group_.value.planes[p];
             find_rows(tile, plane, 0, padded, rows);
@@ -651,28 +712,27 @@ class Attention {
             for (int64_t byte = 0; byte < plane.bytes; byte += turn) {
                 const int bytes = int(std::min(turn, plane.bytes - byte));
                 fetch_ahead();
-                if (A::kNarrow && plane.bits == 2) {
-                    narrow_chunk(rows, byte, bytes, work);
-                    work.lane += kValueVectors * kLanes;
-                    continue;
-                }
-                unpack_values(plane.bits, rows, byte, bytes, work.steps, s_->codes);
                 const int vectors = int((bytes + chunk - 1) / chunk) * per_chunk;
-                for_row_blocks([&](auto size, int64_t row) {
-                    value_columns<A, size>(work, row, vectors);
-                });
+                if (A::kNarrow && plane.bits == 2) {
+                    value_quads<2>(rows, byte, bytes, vectors, work);
+                } else if (A::kNarrow && plane.bits == 4) {
+                    value_quads<4>(rows, byte, bytes, vectors, work);
+                } else {
+                    unpack_values(plane.bits, rows, byte, bytes, work.steps, s_->codes);
+                    for_row_blocks([&](auto size, int64_t row) {
+                        value_columns<A, size>(work, row, vectors);
+                    });
+                }
                 work.lane += vectors * kLanes;
             }
         }
     }
 
-    // Unpacked values of a modality for one register block. `even` and `uneven`: whether there are blocks of
-    // rows whose weights go to 8 bits, and others.
+    // Unpacked values of a modality for one register block.
     struct ValueWork {
         int64_t m, lane;
         int steps;
         float zero;
-        bool even, uneven;
     };
 
     // Calls f(rows, first row) for blocks of rows and then for single ones; the number of rows is a
@@ -685,24 +745,27 @@ class Attention {
         for (; row < piece_.rows; ++row) f(std::integral_constant<int, 1>{}, row);
     }
 
-    bool all_even(int64_t row, int size) const {
-        if (!A::kNarrow) return false;
-        for (int r = 0; r < size; ++r)
-            if (!s_->even[row + r]) return false;
-        return true;
+    template <int BITS>
+    AP_INLINE void value_quads(const uint8_t* const* rows, int64_t byte, int bytes, int vectors,
+                               const ValueWork& work) {
+        unpack_value_bytes<WeightQuads<BITS>, BITS>(rows, byte, bytes, work.steps / 2, s_->quad_codes);
+        for_row_blocks([&](auto size, int64_t row) {
+            value_columns<WeightQuads<BITS>, size>(work, row, vectors);
+        });
+        for (int64_t row = 0; row < piece_.rows; ++row)
+            if (s_->outlier[row] >= 0) add_outlier(row, vectors, work);
     }
 
-    // A chunk of a plane of 2 bits: each block of rows takes the weights that suit it.
-    void narrow_chunk(const uint8_t* const* rows, int64_t byte, int bytes, const ValueWork& work) {
-        if (work.even)
-            unpack_value_bytes<Quads, 2>(rows, byte, bytes, work.steps / 2, s_->quad_codes);
-        if (work.uneven) unpack_value_bytes<A, 2>(rows, byte, bytes, work.steps, s_->codes);
-        for_row_blocks([&](auto size, int64_t row) {
-            if (all_even(row, size))
-                value_columns<Quads, size>(work, row, kValueVectors);
-            else
-                value_columns<A, size>(work, row, kValueVectors);
-        });
+    // Apart from the register blocks, which have no register to spare.
+    void add_outlier(int64_t row, int vectors, const ValueWork& work) {
+        const int token = s_->outlier[row];
+        const Word* quads = (const Word*)s_->quad_codes + token / 4 * kValueVectors;
+        float* to = sum(work.m, row) + work.lane;
+        for (int v = 0; v < vectors; ++v) {
+            const Float code = to_float(quads[v] >> (token % 4 * 8) & 0xff) - work.zero;
+            store(to + v * kLanes,
+                  load<Float>(to + v * kLanes) + code * s_->outlier_weight[row]);
+        }
     }
 
     static void unpack_values(int64_t bits, const uint8_t* const* rows, int64_t byte, int bytes,
@@ -722,7 +785,7 @@ class Attention {
     }
 
     template <class B, int ROWS, int N>
-    AP_INLINE void value_block(const ValueWork& work, int64_t row, int v) {
+    AP_NOINLINE void value_block(const ValueWork& work, int64_t row, int v) {
         constexpr bool quads = B::kPerStep == 4;
         const int32_t* weights = quads ? s_->quad_weights[row] : s_->weights[row];
         const float* scales = quads ? s_->quad_scale : s_->weight_scale;

@@ -90,9 +90,8 @@ class Projection {
         }
     }
 
-    // A function of its own, so that the sums of all segments take no registers from the block.
     template <int ROWS>
-    __attribute__((noinline)) void add_segment(const int32_t* left, const Int* right, int steps,
+    AP_NOINLINE void add_segment(const int32_t* left, const Int* right, int steps,
                                                const float* row_scale, const float* scale,
                                                bool first, float (*sums)[kPanel]) const {
         Int acc[ROWS][kBlockVectors];

@@ -21,6 +21,8 @@ typedef uint8_t Bytes __attribute__((vector_size(AP_LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * AP_LANES)));
 
 #define AP_INLINE inline __attribute__((always_inline))
+// For register blocks: within a large function the compiler leaves their sums in memory.
+#define AP_NOINLINE __attribute__((noinline))
 
 template <class V>
 AP_INLINE V load(const void* from) {
@@ -130,32 +132,37 @@ AP_INLINE Int dot(Int acc, Int a, Int b) {
 #endif
 }
 
-// acc + the products of four codes (8 bits, at most 3 each) with four signed 8-bit numbers per lane.
-// The lanes of the sum are two 16-bit halves where the hardware has nothing wider: 43 steps fit.
-constexpr int kQuadSteps = 43;
-AP_INLINE Int dot_quad(Int acc, Int codes, Int numbers) {
+// acc + the products of four unsigned 8-bit numbers with four signed ones per lane, of which one
+// are codes of `BITS` bits. For codes of 2 bits the lanes of the sum are two 16-bit halves where the
+// hardware has nothing wider: 32 steps fit, of signed numbers as of unsigned ones.
+constexpr int kQuadSteps = 32;
+template <int BITS>
+AP_INLINE Int dot_quad(Int acc, Int unsigned_bytes, Int signed_bytes) {
 #if defined(AP_AVX512_VNNI)
-    return (Int)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)codes, (__m512i)numbers);
+    return (Int)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)unsigned_bytes, (__m512i)signed_bytes);
 #elif defined(AP_AVX512)
-    return (Int)_mm512_add_epi16((__m512i)acc,
-                                 _mm512_maddubs_epi16((__m512i)codes, (__m512i)numbers));
+    const __m512i pairs = _mm512_maddubs_epi16((__m512i)unsigned_bytes, (__m512i)signed_bytes);
+    return BITS == 2 ? (Int)_mm512_add_epi16((__m512i)acc, pairs)
+                     : dot(acc, (Int)pairs, splat(0x00010001));
 #elif defined(AP_AVX2)
-    return (Int)_mm256_add_epi16((__m256i)acc,
-                                 _mm256_maddubs_epi16((__m256i)codes, (__m256i)numbers));
+    const __m256i pairs = _mm256_maddubs_epi16((__m256i)unsigned_bytes, (__m256i)signed_bytes);
+    return BITS == 2 ? (Int)_mm256_add_epi16((__m256i)acc, pairs)
+                     : dot(acc, (Int)pairs, splat(0x00010001));
 #else
     for (int shift = 0; shift < 32; shift += 8)
-        acc += ((numbers << (24 - shift)) >> 24) * ((codes >> shift) & 0xff);
+        acc += ((signed_bytes << (24 - shift)) >> 24) * ((unsigned_bytes >> shift) & 0xff);
     return acc;
 #endif
 }
 
-// The sum per lane that `dot_quad` has gathered.
+// The sum per lane that `dot_quad` has gathered, of products that may be negative or never are.
+template <int BITS, bool SIGNED>
 AP_INLINE Int quad_sum(Int acc) {
 #if defined(AP_AVX512) || defined(AP_AVX2)
-    return dot(Int{}, acc, splat(0x00010001));
-#else
-    return acc;
+    if (BITS == 2 && SIGNED) return dot(Int{}, acc, splat(0x00010001));
+    if (BITS == 2) return (acc & 0xffff) + (Int)((Word)acc >> 16);
 #endif
+    return acc;
 }
 
 // The lanes as integers of type T, which holds them.
