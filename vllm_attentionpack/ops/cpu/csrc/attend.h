@@ -26,7 +26,6 @@ constexpr int kSub = kBlockVectors * kLanes;
 constexpr int kSteps = 128;    // 255 * 32767 * 2 * 128 still fits an int32
 constexpr int kSubVectors = kSub / kLanes;
 constexpr int kValueVectors = 4;
-constexpr int kAheadTurns = 16;  // in which a tile's bytes are asked for; a tile has more of them
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLargest16 = 32767.0f, kLargest8 = 127.0f, kLargestWeight8 = 255.0f;
 // Weights of a tile go to 8 bits for planes of 2 and 4 bits. One that is more than this many times
@@ -369,7 +368,9 @@ class Attention {
                 end_byte_ = std::max(end_byte_, plane.offset + plane.bytes * args.block_size);
             }
         }
-        ahead_bytes_ = (end_byte_ - first_byte_) * kTile / args.block_size / kAheadTurns;
+        const int64_t row_blocks = piece.rows / kBlockRows + piece.rows % kBlockRows;
+        const int64_t turns = (queries_[0].segments * (kTile / kSub) + value_turns()) * row_blocks;
+        ahead_bytes_ = (end_byte_ - first_byte_) * kTile / args.block_size / turns + 64;
     }
 
     void run() {
@@ -412,6 +413,17 @@ class Attention {
         out.steps = take<int32_t>(memory, piece_.rows * out.stride);
         out.scale = take<float>(memory, piece_.rows * q.segments);
         out.shift = take<float>(memory, piece_.rows * q.segments);
+    }
+
+    // How often a tile's values are unpacked.
+    int64_t value_turns() const {
+        int64_t turns = 0;
+        for (int p = 0; p < group_.value.num_planes; ++p) {
+            const Plane& plane = group_.value.planes[p];
+            const int64_t turn = kValueVectors / vectors_per_chunk(plane.bits) * chunk_bytes(plane.bits);
+            turns += (plane.bytes + turn - 1) / turn;
+        }
+        return turns;
     }
 
     static int64_t count_segments(const Side& side) {
@@ -572,7 +584,6 @@ class Attention {
             for (int t = 0; t < count; t += 8)
                 for (int64_t w = 0; w < words; w += 8)
                     transpose_words(rows + t, 4 * (word + w), s_->words + w * kSub + t, kSub);
-            fetch_ahead();
             const int steps = int(words * 32 / plane.bits / A::kPerStep);
             KeyWork work{m, step, segment, steps, from};
             if (A::kNarrow && largest_scale <= queries_[m].reach[segment]) {
@@ -606,7 +617,10 @@ class Attention {
     template <class B>
     AP_INLINE void key_columns(const KeyWork& work, int vectors) {
         for_vector_blocks(vectors, [&](auto n, int v) {
-            for_row_blocks([&](auto size, int64_t row) { key_block<B, size, n>(work, row, v); });
+            for_row_blocks([&](auto size, int64_t row) {
+                fetch_ahead();
+                key_block<B, size, n>(work, row, v);
+            });
         });
     }
 
@@ -711,7 +725,6 @@ class Attention {
             work.zero = 0.5f * float(zero_doubled(plane.bits));
             for (int64_t byte = 0; byte < plane.bytes; byte += turn) {
                 const int bytes = int(std::min(turn, plane.bytes - byte));
-                fetch_ahead();
                 const int vectors = int((bytes + chunk - 1) / chunk) * per_chunk;
                 if (A::kNarrow && plane.bits == 2) {
                     value_quads<2>(rows, byte, bytes, vectors, work);
@@ -780,6 +793,7 @@ class Attention {
 
     template <class B, int ROWS>
     AP_INLINE void value_columns(const ValueWork& work, int64_t row, int vectors) {
+        fetch_ahead();
         for_vector_blocks(vectors,
                           [&](auto n, int v) { value_block<B, ROWS, n>(work, row, v); });
     }
