@@ -16,7 +16,7 @@ constexpr float kLargest13 = 4095.0f;
 
 int64_t project_memory(const Project& args, int64_t rows) {
     const int64_t depth = args.bounds[args.segments];
-    return rows * ((depth + 1) / 2 + args.segments) * 4 + depth * 4 + 256;
+    return rows * ((depth + 1) / 2 + args.segments + kPanel) * 4 + depth * 4 + 256;
 }
 
 class Projection {
@@ -28,14 +28,20 @@ class Projection {
         row_ = reinterpret_cast<float*>(memory);
         scale_ = row_ + depth_;
         left_ = reinterpret_cast<int32_t*>(scale_ + rows * args.segments);
+        sums_ = reinterpret_cast<float*>(left_ + rows * steps_);
     }
 
     void run(int64_t first, int64_t rows) {
         for (int64_t row = 0; row < rows; ++row) prepare(first + row, row);
         for (int64_t panel = 0; panel < panels_; ++panel) {
-            int64_t row = 0;
-            for (; row + kBlockRows <= rows; row += kBlockRows) block<kBlockRows>(first, row, panel);
-            for (; row < rows; ++row) block<1>(first, row, panel);
+            // A segment of a panel is small enough to stay near while all rows pass.
+            for (int64_t s = 0; s < args_.segments; ++s) {
+                int64_t row = 0;
+                for (; row + kBlockRows <= rows; row += kBlockRows)
+                    add_segment<kBlockRows>(row, panel, s);
+                for (; row < rows; ++row) add_segment<1>(row, panel, s);
+            }
+            write(first, rows, panel);
         }
     }
 
@@ -68,42 +74,36 @@ class Projection {
     }
 
     template <int ROWS>
-    void block(int64_t first, int64_t row, int64_t panel) {
-        const int64_t columns = panels_ * kPanel;
+    AP_NOINLINE void add_segment(int64_t row, int64_t panel, int64_t segment) const {
+        const int64_t columns = panels_ * kPanel, step = args_.bounds[segment] / 2;
+        const int steps = int((args_.bounds[segment + 1] + 1) / 2 - step);
         const Int* right = reinterpret_cast<const Int*>(args_.matrix) +
-                           (batch_ * panels_ + panel) * steps_ * kBlockVectors;
-        const float* scale = args_.scale + batch_ * args_.segments * columns + panel * kPanel;
-        alignas(64) float sums[ROWS][kPanel];
-        for (int64_t s = 0; s < args_.segments; ++s) {
-            const int64_t step = args_.bounds[s] / 2;
-            add_segment<ROWS>(left_ + row * steps_ + step, right + step * kBlockVectors,
-                              int((args_.bounds[s + 1] + 1) / 2 - step),
-                              scale_ + row * args_.segments + s, scale + s * columns, s == 0, sums);
-        }
-        const int64_t left = std::min<int64_t>(kPanel, args_.width - panel * kPanel);
+                           ((batch_ * panels_ + panel) * steps_ + step) * kBlockVectors;
+        const float* scale =
+            args_.scale + (batch_ * args_.segments + segment) * columns + panel * kPanel;
+        Int acc[ROWS][kBlockVectors];
+        multiply<Integers<false>, ROWS, kBlockVectors>(left_ + row * steps_ + step, steps_, right,
+                                                       kBlockVectors, steps, acc);
+#pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
-            const int64_t at = first + row + r;
-            float* out = args_.out + batch_ * args_.out_batch +
-                         at / args_.repeats * args_.out_token +
-                         at % args_.repeats * args_.out_repeat + panel * kPanel;
-            std::memcpy(out, sums[r], left * sizeof(float));
+            const float row_scale = scale_[(row + r) * args_.segments + segment];
+#pragma GCC unroll 8
+            for (int n = 0; n < kBlockVectors; ++n) {
+                float* sum = sums_ + (row + r) * kPanel + n * kLanes;
+                const Float before = segment ? load<Float>(sum) : Float{};
+                const Float factor = load<Float>(scale + n * kLanes) * row_scale;
+                store(sum, before + to_float(acc[r][n]) * factor);
+            }
         }
     }
 
-    template <int ROWS>
-    AP_NOINLINE void add_segment(const int32_t* left, const Int* right, int steps,
-                                               const float* row_scale, const float* scale,
-                                               bool first, float (*sums)[kPanel]) const {
-        Int acc[ROWS][kBlockVectors];
-        multiply<Integers<false>, ROWS, kBlockVectors>(left, steps_, right, kBlockVectors, steps,
-                                                       acc);
-        for (int r = 0; r < ROWS; ++r) {
-            for (int n = 0; n < kBlockVectors; ++n) {
-                float* sum = sums[r] + n * kLanes;
-                const Float before = first ? Float{} : load<Float>(sum);
-                store(sum, before + to_float(acc[r][n]) * (load<Float>(scale + n * kLanes) *
-                                                           row_scale[r * args_.segments]));
-            }
+    void write(int64_t first, int64_t rows, int64_t panel) const {
+        const int64_t left = std::min<int64_t>(kPanel, args_.width - panel * kPanel);
+        for (int64_t row = first; row < first + rows; ++row) {
+            float* out = args_.out + batch_ * args_.out_batch +
+                         row / args_.repeats * args_.out_token +
+                         row % args_.repeats * args_.out_repeat + panel * kPanel;
+            std::memcpy(out, sums_ + (row - first) * kPanel, left * sizeof(float));
         }
     }
 
@@ -111,6 +111,7 @@ class Projection {
     int64_t batch_, depth_, steps_, panels_;
     float *row_, *scale_;
     int32_t* left_;  // [rows][steps], pairs of 16-bit integers
+    float* sums_;    // [rows][columns of a panel]
 };
 
 void project_rows(const Project& args, int64_t batch, int64_t first, int64_t rows,

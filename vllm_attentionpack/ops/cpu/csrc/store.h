@@ -82,11 +82,16 @@ class TokenStore {
         return minimum(maximum(rounded, Float{}), zero + zero);
     }
 
+    // Times the inverse instead of divided by the scale: of two scales that do equally well by this
+    // small a difference, either will do.
     float error(float scale) const {
+        const float inverse = 1 / scale;
         Float total{};
         for (int64_t i = 0; i < rank_; i += kLanes) {
-            const Float off =
-                part(latent_, i, rank_) - (code(i, scale) - part(zero_, i, rank_)) * scale;
+            const Float x = part(latent_, i, rank_), zero = part(zero_, i, rank_);
+            const Float rounded = round_even(x * inverse + zero);
+            const Float code = minimum(maximum(rounded, Float{}), zero + zero);
+            const Float off = x - (code - zero) * scale;
             total = total + off * off * part(weight_, i, rank_);
         }
         return sum(total);
@@ -100,11 +105,13 @@ class TokenStore {
         for (int p = 0; p < side_.num_planes; ++p) {
             const Plane& plane = side_.planes[p];
             uint8_t* to = block_ + plane.offset + slot_ * plane.bytes;
-            for (int64_t j = 0; j < plane.bytes; ++j) {
-                int32_t packed = 0;
+            for (int64_t j = 0; j < plane.bytes; j += kLanes) {
+                Int packed{};
                 for (int64_t k = 0; k < 8 / plane.bits; ++k)
-                    packed |= int32_t(codes[k * plane.bytes + j]) << (k * plane.bits);
-                to[j] = uint8_t(packed);
+                    packed |= to_int(part(codes + k * plane.bytes, j, plane.bytes))
+                              << int(k * plane.bits);
+                const auto bytes = narrowed<uint8_t>(packed);
+                std::memcpy(to + j, &bytes, std::min<int64_t>(kLanes, plane.bytes - j));
             }
             codes += plane.dims;
         }
