@@ -529,7 +529,7 @@ class Attention {
         const int32_t* table = args_.table + piece_.request * args_.table_stride;
         const uint8_t* block = args_.cache + int64_t(table[next_block_]) * args_.block_bytes;
         const int64_t end = std::min(end_byte_, next_byte_ + ahead_bytes_);
-        for (; next_byte_ < end; next_byte_ += 64) __builtin_prefetch(block + next_byte_, 0, 2);
+        for (; next_byte_ < end; next_byte_ += 64) __builtin_prefetch(block + next_byte_);
         if (next_byte_ >= end_byte_) ++next_block_, next_byte_ = first_byte_;
     }
 
