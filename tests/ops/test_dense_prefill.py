@@ -89,10 +89,11 @@ def softmax_attention(case: PagedBatch, pairs: list[tuple[Tensor, Tensor]]) -> T
 
 
 @pytest.mark.parametrize("ops", [reference, cpu], ids=["reference", "cpu"])
-def test_chunks_see_their_context_and_themselves(codec, ops, monkeypatch):
+@pytest.mark.parametrize("block_size", [32, 48, 80])
+def test_chunks_see_their_context_and_themselves(codec, ops, block_size, monkeypatch):
     monkeypatch.setattr(dense_prefill, "_SLAB", 64)
     contexts, fresh = [0, 1, 200, 31, 500], [70, 64, 100, 65, 128]
-    case = paged_batch(codec, HEADS, contexts, fresh, 32)
+    case = paged_batch(codec, HEADS, contexts, fresh, block_size)
     out, tokens = run(ops, codec, case)
     want = softmax_attention(case, rebuilt(codec, case))
     assert tokens.tolist() == list(range(sum(fresh)))

@@ -28,7 +28,7 @@ MIN_QUERIES = 64
 #: Of one layer's keys and values in dense form, for all requests of a step; what goes beyond it is
 #: read in latents.
 WORKSPACE_BYTES = 1 << 28
-#: Tokens that are decompressed at a time: bounds what comes on top of the workspace.
+#: Tokens, about, that are decompressed at a time: bounds what comes on top of the workspace.
 _SLAB = 4096
 _BLOCK_SIZE = 128
 
@@ -113,7 +113,8 @@ class DensePrefill:
         if not chosen:
             return None
         self._reserve(used)
-        others = [request for request in range(len(contexts)) if request not in set(chosen)]
+        others = sorted(set(range(len(contexts))) - set(chosen))
+        rest_tokens = _tokens_of(others, starts)
         lengths = [starts[r + 1] - starts[r] for r in chosen]
         totals = [contexts[r] + n for r, n in zip(chosen, lengths, strict=True)]
         query_start_loc = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
@@ -136,9 +137,9 @@ class DensePrefill:
             seq_lens,
             first_blocks[:, None] + torch.arange(longest, dtype=torch.int32),
             self._schedule(query_start_loc, seq_lens),
-            _subset(step, others) if others else None,
-            torch.tensor(others),
-            _tokens_of(others, starts),
+            _subset(step, others, rest_tokens) if others else None,
+            torch.tensor(others, dtype=torch.int64),
+            rest_tokens,
         )
 
     def attend(
@@ -171,16 +172,17 @@ class DensePrefill:
             out: `[T, Hq, D]`, contiguous; mutated where `dense.tokens` are.
         """
         whole = dense.rest is None
+        slab = max(1, _SLAB // block_size) * block_size  # begins with a block
         query, key, value = (
             (x if whole else x[dense.tokens]).contiguous() for x in (query, key, value)
         )
         for request, context, slot in zip(dense.requests, dense.contexts, dense.slots, strict=True):
-            for first in range(0, context, _SLAB):
+            for first in range(0, context, slab):
                 self._write_context(
                     kv_cache,
                     block_table[request, first // block_size :],
                     slot + first,
-                    min(_SLAB, context - first),
+                    min(slab, context - first),
                     codec,
                     block_size,
                 )
@@ -260,8 +262,10 @@ def _tokens_of(requests: list[int], starts: tuple[int, ...]) -> Tensor:
     return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)
 
 
-def _subset(step: "AttentionPackMetadata", requests: list[int]) -> "AttentionPackMetadata":
-    """Some requests of a step as one."""
+def _subset(
+    step: "AttentionPackMetadata", requests: list[int], tokens: Tensor
+) -> "AttentionPackMetadata":
+    """Some requests of a step, with all of their `tokens`, as one."""
     starts = step.batch.host_starts
     lengths = [starts[r + 1] - starts[r] for r in requests]
     longest = [step.batch.max_seq_lens[r] for r in requests]
@@ -273,5 +277,5 @@ def _subset(step: "AttentionPackMetadata", requests: list[int]) -> "AttentionPac
         context_lens=context_lens,
         has_context=bool(context_lens.any()),
         block_table=step.block_table[requests],
-        slot_mapping=step.slot_mapping[_tokens_of(requests, starts)],
+        slot_mapping=step.slot_mapping[tokens],
     )
