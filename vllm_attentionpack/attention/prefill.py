@@ -87,10 +87,14 @@ def select_prefill(
             raise ConfigError(
                 f"prefill = '{wanted}' needs a CUDA device, not {device.type}; leave it out."
             )
-        reason = None if wanted == "sdpa" else dense_prefill.unavailable(head_size, dtype)
-        if reason and wanted == DENSE:
+        if wanted == "sdpa":
+            return "sdpa", fresh_attention
+        reason = dense_prefill.unavailable(head_size, dtype)
+        if reason is None:
+            return DENSE, fresh_attention
+        if wanted == DENSE:
             raise ConfigError(f"prefill = '{DENSE}' cannot be used: {reason}; leave it out.")
-        return "sdpa" if reason or wanted == "sdpa" else DENSE, fresh_attention
+        return "sdpa", fresh_attention
     if wanted == DENSE:
         raise ConfigError(f"prefill = '{DENSE}' is for CPUs, not {device.type}; leave it out.")
     reasons = []

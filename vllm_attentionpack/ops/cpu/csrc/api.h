@@ -43,9 +43,9 @@ struct Attend {
     float* lse;                   // [T, Hq]
 };
 
-// out[b] = factor * (x[b] - shift) @ matrix[b] for `batch` matrices of 16-bit integers, each with its rows in
-// segments of at most kSegment that have a scale per column; see `maps.py` for the order. Rows of
-// `x` are numbered (token, repeat); strides count elements, those along a row are one.
+// out[b] = factor * (x[b] - shift) @ matrix[b] for `batch` matrices of 16-bit integers, each with
+// its rows in segments of at most kSegment that have a scale per column; see `maps.py` for the
+// order. Rows of `x` are numbered (token, repeat); strides count elements, those along a row are one.
 constexpr int64_t kSegment = 128;
 
 struct Project {

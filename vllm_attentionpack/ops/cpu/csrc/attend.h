@@ -66,25 +66,19 @@ struct Integers {
 
 // Four codes to a lane, against numbers of 8 bits: queries, which have a sign, or weights, which have
 // none. What that adds to the error of codes of so few bits is small, and it is twice as fast.
-template <int BITS>
-struct QueryQuads {
+template <int BITS, bool SIGNED>
+struct Quads {
     typedef Int Sum;
     static constexpr int kPerStep = 4;
     static AP_INLINE Sum step(Sum acc, Int left, Int right) {
-        return dot_quad<BITS>(acc, right, left);
+        return SIGNED ? dot_quad<BITS>(acc, right, left) : dot_quad<BITS>(acc, left, right);
     }
-    static AP_INLINE Float value(Sum acc) { return to_float(quad_sum<BITS, true>(acc)); }
+    static AP_INLINE Float value(Sum acc) { return to_float(quad_sum<BITS, SIGNED>(acc)); }
 };
-
 template <int BITS>
-struct WeightQuads {
-    typedef Int Sum;
-    static constexpr int kPerStep = 4;
-    static AP_INLINE Sum step(Sum acc, Int left, Int right) {
-        return dot_quad<BITS>(acc, left, right);
-    }
-    static AP_INLINE Float value(Sum acc) { return to_float(quad_sum<BITS, false>(acc)); }
-};
+using QueryQuads = Quads<BITS, true>;
+template <int BITS>
+using WeightQuads = Quads<BITS, false>;
 
 struct Floats {
     typedef Float Sum;
@@ -239,6 +233,10 @@ AP_INLINE void order_quads(int32_t* quads, int64_t count) {
 // Vectors that a chunk of kLanes bytes becomes, or of kLanes latents of 16 bits.
 constexpr int vectors_per_chunk(int64_t bits) { return bits == 16 ? 1 : int(8 / bits); }
 constexpr int64_t chunk_bytes(int64_t bits) { return bits == 16 ? 2 * kLanes : kLanes; }
+// Bytes that a register block takes.
+constexpr int64_t turn_bytes(int64_t bits) {
+    return kValueVectors / vectors_per_chunk(bits) * chunk_bytes(bits);
+}
 
 // The bytes of a stretch of a plane, no more than a register block takes, of all tokens of a tile:
 // out[step * stride + v] with the sub-planes of each chunk side by side.
@@ -420,8 +418,7 @@ class Attention {
         int64_t turns = 0;
         for (int p = 0; p < group_.value.num_planes; ++p) {
             const Plane& plane = group_.value.planes[p];
-            const int64_t turn = kValueVectors / vectors_per_chunk(plane.bits) * chunk_bytes(plane.bits);
-            turns += (plane.bytes + turn - 1) / turn;
+            turns += (plane.bytes + turn_bytes(plane.bits) - 1) / turn_bytes(plane.bits);
         }
         return turns;
     }
@@ -721,7 +718,7 @@ class Attention {
             find_rows(tile, plane, 0, padded, rows);
             const int64_t chunk = chunk_bytes(plane.bits);
             const int per_chunk = vectors_per_chunk(plane.bits);
-            const int64_t turn = kValueVectors / per_chunk * chunk;  // what a register block takes
+            const int64_t turn = turn_bytes(plane.bits);
             work.zero = 0.5f * float(zero_doubled(plane.bits));
             for (int64_t byte = 0; byte < plane.bytes; byte += turn) {
                 const int bytes = int(std::min(turn, plane.bytes - byte));

@@ -76,10 +76,9 @@ class TokenStore {
         return best;
     }
 
-    AP_INLINE Float code(int64_t i, float scale) const {
-        const Float zero = part(zero_, i, rank_);
-        const Float rounded = round_even(part(latent_, i, rank_) / scale + zero);
-        return minimum(maximum(rounded, Float{}), zero + zero);
+    // The codes of latents in units of the scale.
+    static AP_INLINE Float code(Float latent, Float zero) {
+        return minimum(maximum(round_even(latent + zero), Float{}), zero + zero);
     }
 
     // Times the inverse instead of divided by the scale: of two scales that do equally well by this
@@ -89,9 +88,7 @@ class TokenStore {
         Float total{};
         for (int64_t i = 0; i < rank_; i += kLanes) {
             const Float x = part(latent_, i, rank_), zero = part(zero_, i, rank_);
-            const Float rounded = round_even(x * inverse + zero);
-            const Float code = minimum(maximum(rounded, Float{}), zero + zero);
-            const Float off = x - (code - zero) * scale;
+            const Float off = x - (code(x * inverse, zero) - zero) * scale;
             total = total + off * off * part(weight_, i, rank_);
         }
         return sum(total);
@@ -99,7 +96,8 @@ class TokenStore {
 
     void write(int byte) {
         const float scale = kScales.value[byte];
-        for (int64_t i = 0; i < rank_; i += kLanes) store(codes_ + i, code(i, scale));
+        for (int64_t i = 0; i < rank_; i += kLanes)
+            store(codes_ + i, code(part(latent_, i, rank_) / scale, part(zero_, i, rank_)));
         block_[side_.scales + slot_] = uint8_t(byte | (visual_ ? kModalityBit : 0));
         const float* codes = codes_;
         for (int p = 0; p < side_.num_planes; ++p) {
