@@ -53,9 +53,9 @@ def merge_kernel(
         mixed = tl.zeros((BLOCK_COLUMNS,), tl.float32)
         weight_sum = 0.0
         for start in range(0, num_splits, BLOCK_SPLITS):
-            split = start + tl.arange(0, BLOCK_SPLITS)
-            at = split * stride + owner
-            sums = tl.load(part_sums + at, mask=split < num_splits, other=-float("inf"))
+            some = start + tl.arange(0, BLOCK_SPLITS)
+            at = some * stride + owner
+            sums = tl.load(part_sums + at, mask=some < num_splits, other=-float("inf"))
             share = tl.exp2(sums - base) * norm
             # Splits beyond a request's context carry nothing: not even their bytes are read.
             part = tl.load(
