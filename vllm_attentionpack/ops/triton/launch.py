@@ -77,10 +77,12 @@ def encode_shape(prepared: Prepared, columns: int, tokens: int) -> tuple[int, in
 
 
 def _shared_bytes(shape: AttendShape, prepared: Prepared) -> int:
-    """About the most that Triton takes: queries, codes in flight, and operands on their way."""
-    token = sum(piece.size for kind in prepared.tiles.values() for piece in kind.pieces)
-    queries = 2 * shape.rows * prepared.tiles["key"].columns
-    return queries + shape.tile * ((shape.stages - 1) * token + 400)
+    """About what Triton takes: queries, codes in flight, an operand of values and the weights."""
+    keys, values = prepared.tiles["key"], prepared.tiles["value"]
+    codes = sum(piece.size for piece in (*keys.pieces, *values.pieces))
+    operand = 2 * max(piece.size * piece.joined for piece in values.pieces)
+    token = (shape.stages - 1) * codes + operand + 64
+    return 2 * shape.rows * keys.columns + shape.tile * token
 
 
 def _power_of_two(n: int) -> int:
