@@ -153,7 +153,8 @@ def _encode(
     latents = ()
     for i in tl.static_range(len(BITS)):
         for _ in tl.static_range(8 // BITS[i]):
-            latents = latents + (tl.zeros((TOKENS, SIZE[i]), tl.float32),)
+            # To Triton 3.6 an entry of a tuple is no constant within a shape; a product is.
+            latents = latents + (tl.zeros((TOKENS, 1 * SIZE[i]), tl.float32),)
     unit = tl.zeros((TOKENS,), tl.float32)
     for modality in tl.static_range(MODALITIES):
         # Rows of the other modality are zero: both add up in one set of accumulators.
@@ -215,7 +216,7 @@ def _encode(
         base + scales_at + within, (best.to(tl.int32) + seen_as * 128).to(tl.uint8), mask=stored
     )
     for i in tl.static_range(len(BITS)):
-        packed = tl.zeros((TOKENS, SIZE[i]), tl.int32)
+        packed = tl.zeros((TOKENS, 1 * SIZE[i]), tl.int32)
         for sub in tl.static_range(8 // BITS[i]):
             code = _code(scaled[OPERAND[i] + sub], scale, BITS[i])
             packed = packed | (code.to(tl.int32) << (BITS[i] * sub))
