@@ -10,7 +10,9 @@
 namespace attentionpack {
 namespace {
 
-constexpr int kPanel = kBlockVectors * kLanes;  // columns of a register block
+// Of a register block of maps: a step of their matrix has two rows of it, of the columns of a panel.
+constexpr int kMapRows = kLanes == 16 ? 4 : 2, kMapVectors = 4;
+constexpr int kPanel = kMapVectors * kLanes;
 // 128 products of two numbers of 12 bits and a sign still fit an int32.
 constexpr float kLargest13 = 4095.0f;
 
@@ -36,10 +38,8 @@ class Projection {
         for (int64_t panel = 0; panel < panels_; ++panel) {
             // A segment of a panel is small enough to stay near while all rows pass.
             for (int64_t s = 0; s < args_.segments; ++s) {
-                int64_t row = 0;
-                for (; row + kBlockRows <= rows; row += kBlockRows)
-                    add_segment<kBlockRows>(row, panel, s);
-                for (; row < rows; ++row) add_segment<1>(row, panel, s);
+                for_blocks<kMapRows>(
+                    rows, [&](auto size, int64_t row) { add_segment<size>(row, panel, s); });
             }
             write(first, rows, panel);
         }
@@ -78,17 +78,23 @@ class Projection {
         const int64_t columns = panels_ * kPanel, step = args_.bounds[segment] / 2;
         const int steps = int((args_.bounds[segment + 1] + 1) / 2 - step);
         const Int* right = reinterpret_cast<const Int*>(args_.matrix) +
-                           ((batch_ * panels_ + panel) * steps_ + step) * kBlockVectors;
+                           ((batch_ * panels_ + panel) * steps_ + step) * kMapVectors;
         const float* scale =
             args_.scale + (batch_ * args_.segments + segment) * columns + panel * kPanel;
-        Int acc[ROWS][kBlockVectors];
-        multiply<Integers<false>, ROWS, kBlockVectors>(left_ + row * steps_ + step, steps_, right,
-                                                       kBlockVectors, steps, acc);
+        Int acc[ROWS][kMapVectors];
+        const int32_t* left = left_ + row * steps_ + step;
+        clear(acc);
+        for (int i = 0; i < steps; ++i, ++left, right += kMapVectors) {
+            Int column[kMapVectors];
+#pragma GCC unroll 8
+            for (int n = 0; n < kMapVectors; ++n) column[n] = pinned(right[n]);
+            add_step<Integers<false>>(left, steps_, column, acc);
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
             const float row_scale = scale_[(row + r) * args_.segments + segment];
 #pragma GCC unroll 8
-            for (int n = 0; n < kBlockVectors; ++n) {
+            for (int n = 0; n < kMapVectors; ++n) {
                 float* sum = sums_ + (row + r) * kPanel + n * kLanes;
                 const Float before = segment ? load<Float>(sum) : Float{};
                 const Float factor = load<Float>(scale + n * kLanes) * row_scale;
