@@ -47,7 +47,7 @@ constexpr float kQuadError = 0.01f;
 struct Tile {
     int count = 0;
     const uint8_t* block[kTile];
-    int64_t slot[kTile];
+    uint32_t slot[kTile];
     int32_t position[kTile];
     float key_scale[kTile];
     float value_scale[kTile];
@@ -280,6 +280,7 @@ struct Scratch {
     int outlier[kMaxRows];
     float outlier_weight[kMaxRows];
     float keep[kMaxRows];
+    float heaviest[kMaxRows], energy[kMaxRows];  // of the weights
     Tile tiles[2];
 };
 
@@ -497,7 +498,7 @@ class Attention {
             count = std::min<int64_t>(count, kTile - at);
             for (int64_t i = 0; i < count; ++i) {
                 tile.block[at + i] = block;
-                tile.slot[at + i] = slot + i;
+                tile.slot[at + i] = uint32_t(slot + i);
                 tile.position[at + i] = int32_t(position + i);
             }
             read_scales(key_scale + slot, count, tile.key_scale + at);
@@ -532,7 +533,10 @@ class Attention {
         }
         for (int from = 0; from < padded; from += kSub)
             multiply_keys(m, from, std::min(kSub, padded - from));
+        // Three passes over all rows, so that the sums across lanes of one hide behind the next.
+        for (int64_t row = 0; row < piece_.rows; ++row) move_top(m, row);
         for (int64_t row = 0; row < piece_.rows; ++row) weigh(m, row);
+        for (int64_t row = 0; row < piece_.rows; ++row) round_weights(row);
         multiply_values(m, padded);
         tile.count = 0;
     }
@@ -540,18 +544,18 @@ class Attention {
     // Where the codes of a plane begin, of `count` tokens; a multiple of 16 of them.
     static AP_INLINE void find_rows(const Tile& tile, const Plane& plane, int from, int count,
                                     const uint8_t** rows) {
-        const int64_t offset = plane.offset, bytes = plane.bytes;
+        const int64_t offset = plane.offset;
+        const uint32_t bytes = uint32_t(plane.bytes);  // so that the product is of 32 bits each
         const uint8_t* const* block = tile.block + from;
-        const int64_t* slot = tile.slot + from;
+        const uint32_t* slot = tile.slot + from;
         for (int t = 0; t < count; t += 8)
 #pragma GCC unroll 8
-            for (int i = t; i < t + 8; ++i) rows[i] = block[i] + (offset + slot[i] * bytes);
+            for (int i = t; i < t + 8; ++i) rows[i] = block[i] + (offset + uint64_t(slot[i]) * bytes);
     }
 
     void multiply_keys(int64_t m, int from, int count) {
         const Tile& tile = s_->tiles[m];
-        const float largest_scale =
-            *std::max_element(tile.key_scale + from, tile.key_scale + from + count);
+        const float largest_scale = largest_magnitude(tile.key_scale + from, count);
         uint32_t* words = reinterpret_cast<uint32_t*>(s_->words);
         const uint8_t* rows[kSub];
         KeyWork work{m, 0, 0, 0, from, count / kLanes};
@@ -598,28 +602,31 @@ class Attention {
 
     template <class B, int BITS, int ROWS>
     AP_NOINLINE void key_block(const KeyWork& work, int64_t row, int v) {
+        // Copies: after a store the compiler would read anew whatever it had not copied.
         const int64_t segments = queries_[work.m].segments;
-        const Queries::Numbers& q =
+        const Queries::Numbers q =
             B::kPerStep == 4 ? queries_[work.m].quads : queries_[work.m].wide;
         typename B::Sum acc[ROWS][kBlockVectors];
         multiply_key_words<B, BITS>(q.steps + row * q.stride + work.dim / B::kPerStep, q.stride,
                                     s_->words + v, work.words, acc);
+        const float* scales = q.scale + row * segments + work.segment;
+        const float* shifts = q.shift + row * segments + work.segment;
+        float* logits = s_->logits[row] + work.from + v * kLanes;
+        const Int before = splat(work.segment == 0 ? 0 : -1);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
-            const float scale = q.scale[(row + r) * segments + work.segment];
-            const float shift = q.shift[(row + r) * segments + work.segment];
+            const float scale = scales[r * segments], shift = shifts[r * segments];
 #pragma GCC unroll 8
             for (int n = 0; n < kBlockVectors; ++n) {
-                float* logit = s_->logits[row + r] + work.from + (v + n) * kLanes;
-                const Float before = work.segment ? load<Float>(logit) : Float{};
-                store(logit, before + (B::value(acc[r][n]) * scale + shift));
+                float* logit = logits + r * kTile + n * kLanes;
+                const Float old = (Float)(load<Int>(logit) & before);
+                store(logit, old + (B::value(acc[r][n]) * scale + shift));
             }
         }
     }
 
-    // Logits of one row become weights; the running softmax of the row moves on.
-    void weigh(int64_t m, int64_t row) {
-        constexpr int vectors = kTile / kLanes;
+    // Scales the logits of one row; its running maximum moves on.
+    void move_top(int64_t m, int64_t row) {
         const Tile& tile = s_->tiles[m];
         float* logits = s_->logits[row];
         const int seen = visible(tile, row);
@@ -640,68 +647,76 @@ class Attention {
         const float new_top = std::max(top, largest(best));
         s_->keep[row] = top == new_top ? 1.0f : std::exp(top - new_top);
         top = new_top;
-        const float base = new_top == -kInfinity ? 0.0f : new_top;
-        Float weights[vectors];
+    }
+
+    // Logits of one row become weights of the values' codes.
+    void weigh(int64_t m, int64_t row) {
+        const Tile& tile = s_->tiles[m];
+        float* logits = s_->logits[row];
+        const float top = piece_.top[m * piece_.rows + row];
+        const float base = top == -kInfinity ? 0.0f : top;
+        constexpr int degree = A::kPerStep == 1 ? 7 : 5;  // what 16-bit weights can tell
         Float mass{}, energy{}, heaviest{};
 #pragma GCC unroll 16
-        for (int v = 0; v < vectors; ++v) {
-            const Float p = exponential(load<Float>(logits + v * kLanes) - base);
+        for (int t = 0; t < kTile; t += kLanes) {
+            const Float p = exponential<degree>(load<Float>(logits + t) - base);
             mass = mass + p;
-            weights[v] = p * load<Float>(tile.value_scale + v * kLanes);
-            energy = energy + weights[v] * weights[v];
-            heaviest = maximum(heaviest, weights[v]);
+            const Float weight = p * load<Float>(tile.value_scale + t);
+            store(logits + t, weight);
+            energy = energy + weight * weight;
+            heaviest = maximum(heaviest, weight);
         }
         float& total = piece_.total[m * piece_.rows + row];
         total = total * s_->keep[row] + attentionpack::sum(mass);
-        float most = largest(heaviest);
+        s_->heaviest[row] = largest(heaviest);
+        s_->energy[row] = attentionpack::sum(energy);
+    }
+
+    // Weights of one row, in `logits`, become the numbers that meet codes.
+    void round_weights(int64_t row) {
+        float* weights = s_->logits[row];
+        float most = s_->heaviest[row];
         if constexpr (A::kPerStep == 1) {
-            for (int v = 0; v < vectors; ++v)
-                store(s_->weights[row] + v * kLanes, middle_swapped((Int)weights[v]));
+            for (int t = 0; t < kTile; t += kLanes)
+                store(s_->weights[row] + t, middle_swapped(load<Int>(weights + t)));
             s_->weight_scale[row] = 1;
             s_->weight_zero[row] = 0;
         } else {
             if (wide_weights_) {
-                s_->weight_scale[row] = round_weights<int16_t>(
-                    weights, most, kLargest16, s_->weights[row], &s_->weight_zero[row]);
+                s_->weight_scale[row] = round_to<int16_t>(weights, most, kLargest16, s_->weights[row],
+                                                          &s_->weight_zero[row]);
             }
             if constexpr (A::kNarrow) {
                 s_->outlier[row] = -1;
-                if (most * most * float(kTile) > kOutlier * kOutlier * attentionpack::sum(energy))
-                    most = leave_out_largest(row, weights);
-                s_->quad_scale[row] = round_weights<uint8_t>(
-                    weights, most, kLargestWeight8, s_->quad_weights[row], &s_->quad_zero[row]);
+                if (most * most * float(kTile) > kOutlier * kOutlier * s_->energy[row]) {
+                    const int at = int(std::find(weights, weights + kTile, most) - weights);
+                    s_->outlier[row] = at;
+                    s_->outlier_weight[row] = weights[at];
+                    weights[at] = 0;
+                    most = largest_magnitude(weights, kTile);
+                }
+                s_->quad_scale[row] = round_to<uint8_t>(weights, most, kLargestWeight8,
+                                                        s_->quad_weights[row], &s_->quad_zero[row]);
             }
         }
     }
 
     // As `quantize`, for the weights of a tile; pairs of them in the order of `Scratch`.
     template <class T>
-    static AP_INLINE float round_weights(const Float (&weights)[kTile / kLanes], float most,
-                                         float limit, void* to, float* total) {
+    static AP_INLINE float round_to(const float* weights, float most, float limit, void* to,
+                                    float* total) {
         const float scale = std::max(most, 1e-30f) / limit;
         const float inverse = 1.0f / scale;
         Int sums{};
 #pragma GCC unroll 16
-        for (int v = 0; v < kTile / kLanes; ++v) {
-            const Int rounded = to_int(weights[v] * inverse);
+        for (int t = 0; t < kTile; t += kLanes) {
+            const Int rounded = to_int(load<Float>(weights + t) * inverse);
             sums += rounded;
-            store(static_cast<T*>(to) + v * kLanes,
+            store(static_cast<T*>(to) + t,
                   narrowed<T>(sizeof(T) == 2 ? middle_swapped(rounded) : rounded));
         }
         *total = attentionpack::sum(to_float(sums));
         return scale;
-    }
-
-    // Makes the largest weight of a row its outlier; returns the largest of the others.
-    float leave_out_largest(int64_t row, Float (&weights)[kTile / kLanes]) {
-        float* all = s_->logits[row];
-        std::memcpy(all, weights, sizeof weights);
-        const int at = int(std::max_element(all, all + kTile) - all);
-        s_->outlier[row] = at;
-        s_->outlier_weight[row] = all[at];
-        all[at] = 0;
-        std::memcpy(weights, all, sizeof weights);
-        return largest_magnitude(all, kTile);
     }
 
     // How many tokens of the tile this row sees.
@@ -810,18 +825,22 @@ class Attention {
     AP_NOINLINE void value_block(const ValueWork& work, int64_t row, int v, int64_t lane) {
         constexpr bool quads = B::kPerStep == 4;
         const int32_t* weights = quads ? s_->quad_weights[row] : s_->weights[row];
-        const float* scales = quads ? s_->quad_scale : s_->weight_scale;
-        const float* zeros = quads ? s_->quad_zero : s_->weight_zero;
         typename B::Sum acc[ROWS][N];
         multiply_value_words<B, BITS, FIRST>(weights, quads ? kTile / 4 : kTile, s_->words + v,
                                              BITS == 16 ? 2 * work.words : work.words, acc);
+        // Copies, as in `key_block`.
+        const float* keeps = s_->keep + row;
+        const float* scales = (quads ? s_->quad_scale : s_->weight_scale) + row;
+        const float* zeros = (quads ? s_->quad_zero : s_->weight_zero) + row;
+        const float zero = work.zero;
+        const int64_t stride = lanes_;
+        float* sums = sum(work.m, row) + lane;
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) {
-            const float keep = s_->keep[row + r], scale = scales[row + r];
-            const float shift = work.zero * zeros[row + r] * scale;
+        for (int r = 0; r < ROWS; ++r, sums += stride) {
+            const float keep = keeps[r], scale = scales[r], shift = zero * zeros[r] * scale;
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) {
-                float* to = sum(work.m, row + r) + lane + n * kLanes;
+                float* to = sums + n * kLanes;
                 store(to, B::value(acc[r][n]) * scale + (load<Float>(to) * keep - shift));
             }
         }

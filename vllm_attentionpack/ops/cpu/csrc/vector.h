@@ -60,8 +60,13 @@ AP_INLINE Float splat(float x) { return Float{} + x; }
 AP_INLINE Int splat(int32_t x) { return Int{} + x; }
 AP_INLINE Float to_float(Int x) { return __builtin_convertvector(x, Float); }
 AP_INLINE Float to_float(Word x) { return __builtin_convertvector((Int)x, Float); }
+#if defined(AP_AVX512) || defined(AP_AVX512_VNNI)
+AP_INLINE Float maximum(Float a, Float b) { return (Float)_mm512_max_ps((__m512)a, (__m512)b); }
+AP_INLINE Float minimum(Float a, Float b) { return (Float)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 AP_INLINE Float maximum(Float a, Float b) { return a > b ? a : b; }
 AP_INLINE Float minimum(Float a, Float b) { return a < b ? a : b; }
+#endif
 
 // To the nearest whole number, halves to even; |x| < 2**22. As a float and as an integer: adding
 // 1.5 * 2**23 leaves the integer in the low bits of the mantissa.
@@ -105,16 +110,18 @@ AP_INLINE float largest(Float x) {
 }
 #endif
 
-// exp(x) for x <= 0, to about two units in the last place; zero below -87.
+// exp(x) for x <= 0, to about two units in the last place, or to 3e-6 by a polynomial of degree 5; zero
+// below -87.
+template <int DEGREE = 7>
 AP_INLINE Float exponential(Float x) {
     const Float clamped = maximum(x, splat(-87.0f));
     const Float n = round_even(clamped * 1.44269504f);
     // ln 2 in two parts, so that n * high is exact.
     Float r = clamped - n * 0.693359375f;
     r = r + n * 2.12194440e-4f;
-    Float p = splat(1.0f / 5040);
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
+    static_assert(DEGREE == 5 || DEGREE == 7);
+    Float p = splat(1.0f / 120);
+    if (DEGREE == 7) p = (r * (1.0f / 5040) + 1.0f / 720) * r + 1.0f / 120;
     p = p * r + 1.0f / 24;
     p = p * r + 1.0f / 6;
     p = p * r + 0.5f;
