@@ -137,10 +137,23 @@ AP_INLINE void clear(V (&out)[ROWS][N]) {
         for (int n = 0; n < N; ++n) out[r][n] = V{};
 }
 
+// What a register block asks for beside its work, a little at every step: prefetches in one go would
+// wait for each other.
+struct Stream {
+    const uint8_t* at;
+    int64_t step;  // bytes
+
+    AP_INLINE void next() {
+        // Into the second cache: with what it works on, a tile of codes fills the first.
+        __builtin_prefetch(at, 0, 2);
+        at += step;
+    }
+};
+
 // Sums of queries times all codes of `count` words of keys, for `N` vectors of tokens.
 template <class A, int BITS, int ROWS, int N>
 AP_INLINE void multiply_key_words(const int32_t* left, int64_t left_stride, const Word* words,
-                                  int count, typename A::Sum (&out)[ROWS][N]) {
+                                  int count, Stream ahead, typename A::Sum (&out)[ROWS][N]) {
     clear(out);
     for (int w = 0; w < count; ++w, words += kSubVectors) {
         Word word[N];
@@ -155,6 +168,7 @@ AP_INLINE void multiply_key_words(const int32_t* left, int64_t left_stride, cons
                 for (int n = 0; n < N; ++n)
                     column[n] = pinned(A::template column<BITS>(word[n], k, i));
                 add_step<A>(left, left_stride, column, out);
+                ahead.next();
             }
         }
     }
@@ -164,7 +178,7 @@ AP_INLINE void multiply_key_words(const int32_t* left, int64_t left_stride, cons
 // `N` vectors of words that have one code a byte.
 template <class A, int BITS, int FIRST, int ROWS, int N>
 AP_INLINE void multiply_value_words(const int32_t* left, int64_t left_stride, const Word* words,
-                                    int count, typename A::Sum (&out)[ROWS][N]) {
+                                    int count, Stream ahead, typename A::Sum (&out)[ROWS][N]) {
     constexpr bool one = places(BITS) == 1;
     clear(out);
     for (int w = 0; w < count; ++w, words += kChunkVectors) {
@@ -178,6 +192,7 @@ AP_INLINE void multiply_value_words(const int32_t* left, int64_t left_stride, co
             for (int n = 0; n < N; ++n)
                 column[n] = pinned(A::template column<BITS>(word[one ? n : 0], one ? 0 : FIRST + n, i));
             add_step<A>(left, left_stride, column, out);
+            ahead.next();
         }
     }
 }
@@ -326,10 +341,8 @@ class Attention {
         }
         int64_t row_blocks = 0;
         for_blocks<kBlockRows>(piece.rows, [&](auto, int64_t) { ++row_blocks; });
-        const int64_t key_blocks = queries_[0].segments * (kTile / kLanes / kBlockVectors);
-        ahead_bytes_ = (end_byte_ - first_byte_) * kTile / args.block_size /
-                           ((key_blocks + lanes_ / kLanes / kBlockVectors) * row_blocks) +
-                       64;
+        const int64_t bytes = (end_byte_ - first_byte_) * kTile / args.block_size;
+        ahead_step_ = bytes / (steps_per_tile() * row_blocks) + 1;
         for (int p = 0; p < group_.value.num_planes; ++p)
             wide_weights_ |= !by_quads(group_.value.planes[p].bits) || !A::kNarrow;
     }
@@ -472,15 +485,35 @@ class Attention {
         }
     }
 
-    // Asks for a few lines of the blocks to come: one call beside every register block's work. Codes
-    // are read a few bytes per token, in an order that the processor does not foresee.
-    AP_INLINE void fetch_ahead() {
-        if (next_block_ > last_ahead_ || next_block_ * args_.block_size >= piece_.stop) return;
+    // Of the register blocks of a few rows over a whole tile.
+    int64_t steps_per_tile() const {
+        int64_t keys = 0, values = 0;
+        for (const Side* side : {&group_.key, &group_.value}) {
+            for (int p = 0; p < side->num_planes; ++p) {
+                const Plane& plane = side->planes[p];
+                const bool quads = A::kNarrow && by_quads(plane.bits);
+                const int64_t per_step = quads ? 4 : A::kPerStep;
+                if (side == &group_.key)
+                    keys += plane.dims / per_step;
+                else
+                    values += (vectors_of(plane.bytes, plane.bits) * places(int(plane.bits)) + 1) /
+                              kBlockVectors * (kTile / per_step);
+            }
+        }
+        return keys * (kTile / kLanes / kBlockVectors) + values;
+    }
+
+    // What the next `steps` steps are to ask for of the blocks to come. Codes are read a few bytes per
+    // token, in an order that the processor does not foresee.
+    AP_INLINE Stream fetch_ahead(int64_t steps) {
+        if (next_block_ > last_ahead_ || next_block_ * args_.block_size >= piece_.stop)
+            return {reinterpret_cast<const uint8_t*>(s_), 0};
         const int32_t* table = args_.table + piece_.request * args_.table_stride;
         const uint8_t* block = args_.cache + int64_t(table[next_block_]) * args_.block_bytes;
-        const int64_t end = std::min(end_byte_, next_byte_ + ahead_bytes_);
-        for (; next_byte_ < end; next_byte_ += 64) __builtin_prefetch(block + next_byte_);
+        const Stream stream{block + next_byte_, ahead_step_};
+        next_byte_ += steps * ahead_step_;
         if (next_byte_ >= end_byte_) ++next_block_, next_byte_ = first_byte_;
+        return stream;
     }
 
     // The tokens in the slots from `slot` to `stop` of a block, at the positions from `position` on.
@@ -594,7 +627,6 @@ class Attention {
     AP_INLINE void key_blocks(const KeyWork& work) {
         for (int v = 0; v < work.vectors; v += kBlockVectors) {
             for_blocks<kBlockRows>(piece_.rows, [&](auto size, int64_t row) {
-                fetch_ahead();
                 key_block<B, BITS, size>(work, row, v);
             });
         }
@@ -607,8 +639,9 @@ class Attention {
         const Queries::Numbers q =
             B::kPerStep == 4 ? queries_[work.m].quads : queries_[work.m].wide;
         typename B::Sum acc[ROWS][kBlockVectors];
+        const int steps = work.words * places(BITS) * kWordSteps<B, BITS>;
         multiply_key_words<B, BITS>(q.steps + row * q.stride + work.dim / B::kPerStep, q.stride,
-                                    s_->words + v, work.words, acc);
+                                    s_->words + v, work.words, fetch_ahead(steps), acc);
         const float* scales = q.scale + row * segments + work.segment;
         const float* shifts = q.shift + row * segments + work.segment;
         float* logits = s_->logits[row] + work.from + v * kLanes;
@@ -816,7 +849,6 @@ class Attention {
     template <class B, int BITS, int FIRST, int N>
     AP_INLINE void value_rows(const ValueWork& work, int v, int64_t to) {
         for_blocks<kBlockRows>(piece_.rows, [&](auto size, int64_t row) {
-            fetch_ahead();
             value_block<B, BITS, FIRST, size, N>(work, row, v, work.lane + to * kLanes);
         });
     }
@@ -826,8 +858,9 @@ class Attention {
         constexpr bool quads = B::kPerStep == 4;
         const int32_t* weights = quads ? s_->quad_weights[row] : s_->weights[row];
         typename B::Sum acc[ROWS][N];
-        multiply_value_words<B, BITS, FIRST>(weights, quads ? kTile / 4 : kTile, s_->words + v,
-                                             BITS == 16 ? 2 * work.words : work.words, acc);
+        const int words = BITS == 16 ? 2 * work.words : work.words;
+        multiply_value_words<B, BITS, FIRST>(weights, quads ? kTile / 4 : kTile, s_->words + v, words,
+                                             fetch_ahead(words * kWordSteps<B, BITS>), acc);
         // Copies, as in `key_block`.
         const float* keeps = s_->keep + row;
         const float* scales = (quads ? s_->quad_scale : s_->weight_scale) + row;
@@ -854,7 +887,7 @@ class Attention {
     int64_t lanes_;
     bool wide_weights_ = false;  // whether values need weights of more than 8 bits
     // Bytes of this head group in a block, and how far they have been asked for.
-    int64_t first_byte_, end_byte_ = 0, ahead_bytes_;
+    int64_t first_byte_, end_byte_ = 0, ahead_step_;
     int64_t next_block_ = 0, next_byte_ = 0, last_ahead_ = 0;
 };
 
