@@ -154,22 +154,20 @@ struct Stream {
 template <class A, int BITS, int ROWS, int N>
 AP_INLINE void multiply_key_words(const int32_t* left, int64_t left_stride, const Word* words,
                                   int count, Stream ahead, typename A::Sum (&out)[ROWS][N]) {
+    constexpr int steps = kWordSteps<A, BITS>;
     clear(out);
     for (int w = 0; w < count; ++w, words += kSubVectors) {
         Word word[N];
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) word[n] = pinned(words[n]);
-#pragma GCC unroll 4
-        for (int k = 0; k < places(BITS); ++k) {
-#pragma GCC unroll 4
-            for (int i = 0; i < kWordSteps<A, BITS>; ++i, ++left) {
-                Int column[N];
+#pragma GCC unroll 16
+        for (int s = 0; s < places(BITS) * steps; ++s, ++left) {
+            Int column[N];
 #pragma GCC unroll 8
-                for (int n = 0; n < N; ++n)
-                    column[n] = pinned(A::template column<BITS>(word[n], k, i));
-                add_step<A>(left, left_stride, column, out);
-                ahead.next();
-            }
+            for (int n = 0; n < N; ++n)
+                column[n] = pinned(A::template column<BITS>(word[n], s / steps, s % steps));
+            add_step<A>(left, left_stride, column, out);
+            ahead.next();
         }
     }
 }
@@ -183,9 +181,7 @@ AP_INLINE void multiply_value_words(const int32_t* left, int64_t left_stride, co
     clear(out);
     for (int w = 0; w < count; ++w, words += kChunkVectors) {
         Word word[one ? N : 1];
-#pragma GCC unroll 8
         for (int n = 0; n < (one ? N : 1); ++n) word[n] = pinned(words[n]);
-#pragma GCC unroll 4
         for (int i = 0; i < kWordSteps<A, BITS>; ++i, ++left) {
             Int column[N];
 #pragma GCC unroll 8
@@ -510,6 +506,11 @@ class Attention {
             return {reinterpret_cast<const uint8_t*>(s_), 0};
         const int32_t* table = args_.table + piece_.request * args_.table_stride;
         const uint8_t* block = args_.cache + int64_t(table[next_block_]) * args_.block_bytes;
+        if (next_byte_ == first_byte_) {
+            for (const Side* side : {&group_.key, &group_.value})
+                for (int64_t i = 0; i < args_.block_size; i += 64)
+                    __builtin_prefetch(block + side->scales + i, 0, 2);
+        }
         const Stream stream{block + next_byte_, ahead_step_};
         next_byte_ += steps * ahead_step_;
         if (next_byte_ >= end_byte_) ++next_block_, next_byte_ = first_byte_;
