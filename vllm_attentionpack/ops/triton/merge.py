@@ -52,11 +52,12 @@ def merge_kernel(
         owner = first + modality * HEADS
         mixed = tl.zeros((BLOCK_COLUMNS,), tl.float32)
         weight_sum = 0.0
+        # Names of its own: a loop may not see one name with tiles of two sizes.
         for start in range(0, num_splits, BLOCK_SPLITS):
-            split = start + tl.arange(0, BLOCK_SPLITS)
-            at = split * stride + owner
-            sums = tl.load(part_sums + at, mask=split < num_splits, other=-float("inf"))
-            share = tl.exp2(sums - base) * norm
+            some = start + tl.arange(0, BLOCK_SPLITS)
+            at = some * stride + owner
+            some_sums = tl.load(part_sums + at, mask=some < num_splits, other=-float("inf"))
+            share = tl.exp2(some_sums - base) * norm
             # Splits beyond a request's context carry nothing: not even their bytes are read.
             part = tl.load(
                 parts + (at * COLUMNS)[:, None] + column[None, :],
