@@ -25,8 +25,8 @@ from vllm_attentionpack.bench.shapes import LayerShape
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.ops import QueryBatch
 from vllm_attentionpack.ops import triton as ops
-from vllm_attentionpack.ops.triton import launch as launch_shapes
-from vllm_attentionpack.ops.triton.launch import Chip
+from vllm_attentionpack.ops.triton import prepared
+from vllm_attentionpack.ops.triton.chip import Chip
 
 #: Bytes of shared memory that one program can have (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -171,7 +171,8 @@ def cases() -> list[Case]:
 
 
 @cache
-def _codec(layer: LayerShape) -> LayerCodec:
+def _codec(layer: LayerShape, capability: int) -> LayerCodec:
+    """One for each architecture: what a codec is prepared for, it stays prepared for."""
     return layer.codec(torch.device("cpu"))
 
 
@@ -179,7 +180,7 @@ def launches(case: Case, capability: int) -> list[Launch]:
     """The kernels that one step of `case` launches on a GPU of that capability."""
     layer, device = case.layer, torch.device("cpu")
     tokens = case.requests * case.query_len
-    codec = _codec(layer)
+    codec = _codec(layer, capability)
     cache = torch.empty(1, codec.layout.block_bytes(case.block_size), dtype=torch.uint8)
     table = torch.empty(case.requests, 1024, dtype=torch.int32)
     lens = torch.full((case.requests,), case.context, dtype=torch.int32)
@@ -190,7 +191,7 @@ def launches(case: Case, capability: int) -> list[Launch]:
     slots = torch.empty(tokens, dtype=torch.int64)
     visual = torch.zeros(tokens, dtype=torch.bool) if layer.modalities == 2 else None
     starts = torch.zeros_like(lens) if case.ranges else None
-    with _recording(Chip(_MULTIPROCESSORS, SHARED_LIMIT[capability])) as recorded:
+    with _recording(Chip(_MULTIPROCESSORS, SHARED_LIMIT[capability], capability // 10)) as recorded:
         ops.store_kv(key, key, cache, slots, visual, codec, case.block_size)
         absorbed = ops.absorb_query(query, codec, 1.0)
         attended = ops.paged_attention(
@@ -315,7 +316,7 @@ def _recording(chip: Chip) -> Iterator[list[Launch]]:
 
     recorded: list[Launch] = []
     with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(launch_shapes, "chip", lambda device: chip))
+        patches.enter_context(mock.patch.object(prepared, "chip", lambda device: chip))
         for module_name, names in _KERNELS.items():
             module = import_module(f"vllm_attentionpack.ops.triton.{module_name}")
             for name in (names,) if isinstance(names, str) else names:

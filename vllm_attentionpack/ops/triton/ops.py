@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.ops.batch import QueryBatch
-from vllm_attentionpack.ops.triton.launch import attend_shape
+from vllm_attentionpack.ops.triton.launch import attend_shape, encode_shape
 from vllm_attentionpack.ops.triton.prepared import prepare
 
 
@@ -74,8 +74,7 @@ def store_kv(
     groups, modalities, dims, _ = k.basis.values.shape
     tiles = prepared.encoding_tiles
     columns = max(kind.columns for kind in tiles.values())
-    # 64 rows are what four warps share among them; beside many columns they exceed the registers.
-    rows = 64 if tokens > 64 and columns <= 256 else 16
+    rows, warps = encode_shape(prepared, columns, tokens)
     constants = tiles["key"].constants("K") | tiles["value"].constants("V")
     for unread in ("WIDTH", "FULL", "JOINED"):
         del constants[f"K_{unread}"], constants[f"V_{unread}"]
@@ -107,7 +106,7 @@ def store_kv(
         K_STEPS=k.steps,
         V_STEPS=v.steps,
         **constants,
-        num_warps=8 if columns > 384 else 4,
+        num_warps=warps,
         num_stages=2,
     )
 
@@ -178,7 +177,7 @@ def paged_attention(
     tokens, groups, modalities, heads, _ = query.latent.shape
     requests = batch.query_start_loc.shape[0] - 1
     columns = tiles["value"].columns
-    shape = attend_shape(prepared, heads, batch, kv_cache.device)
+    shape = attend_shape(prepared, heads, batch)
     rows = (tokens, groups, modalities, heads)
     # A request of no new tokens is no program's; its rows do not exist.
     parts = query.latent.new_empty(shape.splits, *rows, columns)

@@ -15,7 +15,8 @@ from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.codec.layout import KINDS, Kind
 from vllm_attentionpack.codec.quantize import step_and_distortion
 from vllm_attentionpack.errors import ConfigError
-from vllm_attentionpack.ops.triton.tiles import ENCODING, KEYS, KindTiles, plane_table
+from vllm_attentionpack.ops.triton.chip import Chip, chip
+from vllm_attentionpack.ops.triton.tiles import ENCODING, KindTiles, plane_table
 
 #: Accumulators of one program: value columns times rows of queries, float32.
 MAX_ACCUMULATORS = 1 << 15
@@ -66,6 +67,7 @@ class Prepared:
 
     codec: LayerCodec
     device: torch.device
+    chip: Chip
     tables: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -87,7 +89,11 @@ class Prepared:
     def tiles(self) -> dict[Kind, KindTiles]:
         """The operands of attention."""
         layout = self.codec.layout
-        return {"key": KindTiles.of(layout, "key", KEYS), "value": KindTiles.of_values(layout)}
+        fit = self.chip.fit
+        return {
+            "key": KindTiles.of(layout, "key", fit.keys),
+            "value": KindTiles.of_values(layout, fit.values),
+        }
 
     @cached_property
     def encoding_tiles(self) -> dict[Kind, KindTiles]:
@@ -169,6 +175,7 @@ def prepare(codec: LayerCodec) -> Prepared:
     """The prepared codec, made at its first use and kept for as long as the codec lives."""
     found = _prepared.get(codec)
     if found is None:
-        found = Prepared(codec, codec.groups[0].key.basis.mean.device)
+        device = codec.groups[0].key.basis.mean.device
+        found = Prepared(codec, device, chip(device))
         _prepared[codec] = found
     return found

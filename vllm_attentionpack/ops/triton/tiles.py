@@ -27,7 +27,7 @@ class Cut:
     """How planes are cut.
 
     Attributes:
-        largest: bytes per token of a piece at most. One piece at a time sits in registers.
+        largest: bytes per token of a piece at most, unless `rows` wants more.
         rows: columns of an operand at least; sub-planes of narrower pieces are joined.
         smallest: bytes per token of a piece at least.
     """
@@ -37,13 +37,14 @@ class Cut:
     smallest: int = 16
 
 
-KEYS = Cut(largest=32)
-#: The asynchronous products of Hopper (`wgmma`) and Blackwell want 64 rows, which value columns
-#: are; the older ones keep far more in registers.
-WIDE_VALUES = Cut(largest=64, rows=64)
+#: Up to this many value columns, four warps hold the sums of a program; one multiprocessor then
+#: has room for two programs.
+NARROW_COLUMNS = 256
+#: 64 rows, which value columns are, are what the products of four warps want.
+_FOUR_WARPS = Cut(largest=64, rows=64)
 #: For head groups of so few bytes per token that most of 64 rows would be padding.
-NARROW_VALUES = Cut(largest=64)
-_NARROW_BYTES = 64
+_FEW_BYTES = Cut(largest=64)
+_FEWEST_BYTES = 64
 #: Pieces are wider than the 16 tokens of a program: Triton then shares the columns of a product
 #: among the warps. It would share the tokens otherwise, and every warp would hold the same 16.
 ENCODING = Cut(largest=64, smallest=32)
@@ -99,7 +100,7 @@ class KindTiles:
         column = operand = 0
         for bits, per_group in zip(KERNEL_BITS, zip(*widths, strict=True), strict=True):
             smallest = max(cut.smallest, cut.rows * bits // 8)
-            for start, size in _cut(max(per_group), smallest, cut.largest):
+            for start, size in _cut(max(per_group), smallest, max(smallest, cut.largest)):
                 joined = min(8 // bits, max(1, cut.rows // size))
                 pieces.append(Piece(bits, start, size, column, joined, operand))
                 column += 8 // bits * size
@@ -107,10 +108,11 @@ class KindTiles:
         return cls(tuple(widths), tuple(pieces), column)
 
     @classmethod
-    def of_values(cls, layout: LayerLayout) -> "KindTiles":
-        """The pieces of the values, as attention takes them."""
+    def of_values(cls, layout: LayerLayout, wide: Cut) -> "KindTiles":
+        """The pieces of the values, as attention takes them; `wide` is for eight warps."""
         most = max(group.value.bytes_per_token for group in layout.groups)
-        return cls.of(layout, "value", WIDE_VALUES if most >= _NARROW_BYTES else NARROW_VALUES)
+        few = cls.of(layout, "value", _FOUR_WARPS if most >= _FEWEST_BYTES else _FEW_BYTES)
+        return few if few.columns <= NARROW_COLUMNS else cls.of(layout, "value", wide)
 
     @cached_property
     def align(self) -> int:
