@@ -9,6 +9,8 @@ from vllm_attentionpack.codec.layout import GroupLayout, LayerLayout, PlaneCount
 from vllm_attentionpack.ops import reference
 from vllm_attentionpack.ops import triton as kernels
 from vllm_attentionpack.ops.batch import QueryBatch
+from vllm_attentionpack.ops.triton import launch, prepared
+from vllm_attentionpack.ops.triton.chip import Chip
 
 CONTEXTS = [0, 1, 17, 140, 0]
 FRESH = [5, 1, 1, 3, 0]
@@ -159,3 +161,39 @@ def test_more_splits_than_context_and_a_batch_sized_for_longer_requests():
     assert_close(found, attend_codes(reference, codec, case, case.seq_lens, True))
     for a, b in zip(found, larger, strict=True):
         assert (a - b).abs().max().item() < TOLERANCE
+
+
+@pytest.mark.parametrize(("generation", "modalities"), [(8, 1), (9, 2), (10, 1)])
+def test_every_generation_of_tensor_cores(generation, modalities, monkeypatch):
+    """Planes and launches are cut for each; values here fill eight warps."""
+    monkeypatch.setattr(prepared, "chip", lambda device: Chip(4, 1 << 18, generation))
+    key, value = PlaneCounts(n8=36, n4=104, n2=80), PlaneCounts(n8=40, n4=152, n2=80)
+    codec = random_codec(4, 4, 80, modalities, key=key, value=value, padding=5)
+    case = paged_batch(codec, 8, [0, 37, 150, 0], [4, 1, 3, 0], 16)
+    found = attend_codes(kernels, codec, case, case.seq_lens, True)
+    assert prepared.prepare(codec).tiles["value"].columns > 256
+    assert_close(found, attend_codes(reference, codec, case, case.seq_lens, True))
+
+
+def test_a_small_shared_memory_halves_the_tiles(monkeypatch):
+    """As beside many columns of keys on chips with less of it."""
+    monkeypatch.setattr(prepared, "chip", lambda device: Chip(4, 16 << 10, 9))
+    codec = random_codec(2, 2, 64)
+    case = paged_batch(codec, 4, [70, 5], [1, 1], 16)
+    found = attend_codes(kernels, codec, case, case.seq_lens, True)
+    assert launch.attend_shape(prepared.prepare(codec), 4, case.batch).tile == 32
+    assert_close(found, attend_codes(reference, codec, case, case.seq_lens, True))
+
+
+def test_blocks_beyond_two_gigabytes():
+    """The same bytes in blocks whose addresses exceed 31 bits; the rest is never touched."""
+    codec = random_codec(1, 1, 32)
+    case = paged_batch(codec, 2, [20, 33], [1, 2], 16)
+    near = attend_codes(kernels, codec, case, case.seq_lens, True)
+    count, size = case.kv_cache.shape
+    first = (1 << 31) // size + 1
+    far = torch.empty(first + count, size, dtype=torch.uint8)
+    far[first:] = case.kv_cache
+    case.kv_cache, case.block_table = far, case.block_table + first
+    for a, b in zip(near, attend_codes(kernels, codec, case, case.seq_lens, True), strict=True):
+        assert torch.equal(a, b)

@@ -9,6 +9,8 @@ from vllm_attentionpack.codec.quantize import decode_scale, unpack_codes
 from vllm_attentionpack.errors import ConfigError
 from vllm_attentionpack.ops import reference
 from vllm_attentionpack.ops import triton as kernels
+from vllm_attentionpack.ops.triton import prepared
+from vllm_attentionpack.ops.triton.chip import Chip
 
 BLOCK_SIZE = 16
 
@@ -90,3 +92,33 @@ def test_16_bit_planes_are_refused():
     key = torch.randn(1, 1, 32)
     with pytest.raises(ConfigError, match="reference"):
         stored(kernels, identity, key, key, torch.zeros(1, dtype=torch.int64), None)
+
+
+def test_slots_beyond_two_gigabytes():
+    """Blocks whose addresses exceed 31 bits take the same bytes as the first ones."""
+    codec = random_codec(1, 1, 32)
+    key, value = (torch.randn(20, 1, 32) for _ in range(2))
+    size = codec.layout.block_bytes(BLOCK_SIZE)
+    first = (1 << 31) // size + 1
+    slots = torch.arange(20)
+    near, far = (torch.empty(blocks, size, dtype=torch.uint8) for blocks in (2, first + 2))
+    near[:], far[first:] = 77, 77
+    kernels.store_kv(key, value, near, slots, None, codec, BLOCK_SIZE)
+    kernels.store_kv(key, value, far, slots + first * BLOCK_SIZE, None, codec, BLOCK_SIZE)
+    assert torch.equal(far[first:], near)
+    assert (near != 77).any()
+
+
+@pytest.mark.parametrize("generation", [8, 9, 10])
+@pytest.mark.parametrize("wide", [False, True])
+def test_many_tokens_at_a_time(generation, wide, monkeypatch):
+    """Programs of 16, 32 or 64 tokens by the columns of a group, the last one not full."""
+    monkeypatch.setattr(prepared, "chip", lambda device: Chip(4, 1 << 18, generation))
+    planes_of = {"key": PlaneCounts(n8=36, n4=56, n2=16)} if wide else {}
+    codec = random_codec(1, 1, 128, 2, **planes_of)
+    key, value = (torch.randn(75, 1, 128) for _ in range(2))
+    visual = torch.rand(75) < 0.5
+    slots = torch.randperm(6 * BLOCK_SIZE)[:75]
+    wanted = stored(reference, codec, key, value, slots, visual)
+    found = stored(kernels, codec, key, value, slots, visual)
+    assert (found != wanted).float().mean().item() < 0.03
