@@ -1,7 +1,7 @@
 """The questions of the ablation study; each adds its rows to the table of a `Study`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,7 @@ from calibration_study.setting import REGULARIZATION, Fitted, Setting, Table
 from calibration_study.variants import Format, VariantCodec
 from vllm_attentionpack.calibrate.assemble import KEY_PRICE, Assembler, LayerStatistics
 from vllm_attentionpack.calibrate.collector import Collector
-from vllm_attentionpack.calibrate.moments import LayerMoments, MomentAccumulator
+from vllm_attentionpack.calibrate.moments import MomentAccumulator
 from vllm_attentionpack.calibrate.rotary import rotary_of
 from vllm_attentionpack.codec.layout import KINDS, Kind
 from vllm_attentionpack.codec.positions import Rotary
@@ -22,6 +22,9 @@ from vllm_attentionpack.evaluate.data import Item, TextItem
 from vllm_attentionpack.evaluate.simulate.capture import Captured, capture
 from vllm_attentionpack.evaluate.simulate.codec import ExactTokens, PackCodec, TokenCodec
 from vllm_attentionpack.evaluate.simulate.measure import Simulator
+
+#: Positions that share an anchor.
+_SPANS = (1, 16, 64, 256, 1024)
 
 
 @dataclass
@@ -230,36 +233,35 @@ def scales(study: Study) -> None:
 
 
 def rotation(study: Study) -> None:
-    """7. Keys coded as rotated, or turned back first."""
-    still = study.setting.statistics(study.group_size, 1, study.setting.modalities)
-    mixed = [
-        LayerStatistics(
-            rotated.name,
-            rotated.scale,
-            LayerMoments(
-                unrotated.moments.key,
-                rotated.moments.value,
-                rotated.moments.query,
-                rotated.moments.count,
-            ),
-            rotated.gram,
-        )
-        for rotated, unrotated in zip(study.statistics, still, strict=True)
-    ]
-    assembler = Assembler(mixed, study.group_size, REGULARIZATION)
+    """7. Keys coded as rotated, or turned back first: to position 0, or to an anchor before them.
 
-    def unrotated_codec(assembled: Any) -> codecs.UnrotatedCodec:
-        packed = PackCodec(study.setting.shape, assembled.codecs(study.table.device))
-        return codecs.UnrotatedCodec(packed, study.rotaries)
-
-    fitted = study.setting.priced(assembler, unrotated_codec)
+    Queries meet a key at an anchor after being turned back by that anchor, so one absorbed query
+    serves all keys of a span.
+    """
     study.add("rotation", "rotated keys", study.base_codec, gain=_key_gain(study.base))
-    study.add(
-        "rotation",
-        "un-rotated keys",
-        unrotated_codec(fitted.at(study.ratio)),
-        gain=_key_gain(fitted),
-    )
+    for span in _SPANS:
+        if span >= study.max_context:
+            break
+        anchored = _anchored(study, span)
+        assembler = Assembler(anchored, study.group_size, REGULARIZATION)
+
+        def codec(assembled: Any, span: int = span) -> codecs.AnchoredCodec:
+            packed = PackCodec(study.setting.shape, assembled.codecs(study.table.device))
+            return codecs.AnchoredCodec(packed, study.rotaries, span)
+
+        fitted = study.setting.priced(assembler, codec)
+        name = "un-rotated keys" if span == 1 else f"anchors every {span} positions"
+        study.add("rotation", name, codec(fitted.at(study.ratio)), gain=_key_gain(fitted))
+
+
+def _anchored(study: Study, span: int) -> list[LayerStatistics]:
+    """Keys at every position after their anchor; queries anywhere in the context, as ever."""
+    setting = study.setting
+    near = setting.statistics(study.group_size, span, setting.modalities)
+    return [
+        replace(layer, moments=replace(layer.moments, key=anchored.moments.key))
+        for layer, anchored in zip(study.statistics, near, strict=True)
+    ]
 
 
 def _key_gain(fitted: Fitted) -> float:

@@ -296,7 +296,11 @@ def store(path: Path, setting: Setting, table: Table, options: Mapping[str, Any]
             "dense_bytes_per_token": shape.dense_bytes,
             "mean_context": table.simulator.tokens / len(table.simulator.recorded),
         },
-        "options": {key: str(value) for key, value in options.items() if key != "out"},
+        "options": {
+            key: value.name if isinstance(value, Path) else str(value)  # no machine's folders
+            for key, value in options.items()
+            if key != "out"
+        },
         "note": (
             "Held-out items, teacher-forced, every token read from codes. Bytes count scales, "
             "bases, windows and padding, averaged over the items' tokens."

@@ -4,7 +4,9 @@ import glob
 import hashlib
 import os
 import random
+import re
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
 
 LIMIT_BYTES = 24 << 20
@@ -17,6 +19,15 @@ EXCERPT_CHARACTERS = 30_000  # of a held-out file, so that items come from many 
 def load_corpus() -> str:
     """The training text.  It depends on what the machine has installed."""
     return "\n".join(text for bucket, text in _texts() if bucket >= HELD_OUT)
+
+
+def frequent_words(text: str, n: int) -> list[str]:
+    """The `n` most frequent words of three letters and more, the space before them included.
+
+    Shorter ones stay letters: the keys that recall asks for are two of them.
+    """
+    counts = Counter(re.findall(r" ?[A-Za-z]{3,}", text))
+    return sorted(counts, key=lambda word: (-counts[word], word))[:n]
 
 
 def held_out_text(part: int, parts: int) -> str:

@@ -21,7 +21,6 @@ GROWN = 0.6  # progress from which samples are as long as the context
 LONG_IMAGE_COUNTS = (2, 3, 4, 6, 8, 12, 16)
 PASSAGE_PAIR_COUNTS = (1, 2, 4, 8, 12)
 LONG_CHAT_TOKENS = 100  # the questions and answers
-CHARACTERS_PER_TOKEN = 1.1  # of the corpus: words of the tasks are one token
 IMAGE_WEIGHT, RECALL_WEIGHT, TEXT_WEIGHT = 1.0, 1.0, 0.4
 
 
@@ -37,6 +36,7 @@ class MicroBatch:
 class TaskMix:
     def __init__(self, options: Options, sampler: Sampler):
         self.options, self.sampler = options, sampler
+        self.characters_per_token = sampler.characters_per_token()
         self.rng = Random(options.seed + 7)  # apart from the sampler's stream
         self.images = Level(IMAGE_COUNTS, self.rng)
         self.pairs = Level(PAIR_COUNTS, self.rng)
@@ -122,11 +122,11 @@ class TaskMix:
     def _draw_passage(self, length: int) -> MicroBatch:
         n = self.rng.choice(PASSAGE_PAIR_COUNTS)
         rows = self._rows(self.options.tokens[1], length)
-        batch = self.sampler.passage_recall(rows, n, round(CHARACTERS_PER_TOKEN * length))
+        batch = self.sampler.passage_recall(rows, n, round(self.characters_per_token * length))
         return MicroBatch("passage recall", batch, RECALL_WEIGHT)
 
     def _draw_long_text(self, length: int) -> MicroBatch:
-        size = round(CHARACTERS_PER_TOKEN * length)
+        size = round(self.characters_per_token * length)
         rows = self._rows(self.options.tokens[2], length)
         return MicroBatch("long text", self.sampler.text(rows, size), TEXT_WEIGHT)
 
@@ -168,5 +168,5 @@ class TaskMix:
 
     def _draw_text(self, progress: float) -> MicroBatch:
         size = 512 if progress > 0.5 and self.rng.random() < 0.5 else 256
-        rows = self._rows(self.options.tokens[2], 0.85 * size)
+        rows = self._rows(self.options.tokens[2], size / self.characters_per_token)
         return MicroBatch("text", self.sampler.text(rows, size), TEXT_WEIGHT)

@@ -9,7 +9,7 @@ from torch import nn
 
 from . import wording
 from .options import MAX_POSITIONS, Options
-from .tokenizer import VOCAB_SIZE
+from .tokenizer import vocab_size
 from .widen import widen
 
 VISION_HEAD_DIM = 32
@@ -24,7 +24,7 @@ def build_model(options: Options, tokenizer) -> nn.Module:
     _init_weights(model, options)
     positional_init(model, options.positional_score, options.positional_spread)
     if options.widen:
-        widen(model, options.widen, options.seed)
+        widen(model, options.widen, tokenizer, options.seed)
     return model
 
 
@@ -36,7 +36,7 @@ def _config(options: Options, tokenizer):
     temporal, height = half // 4, 3 * half // 8  # head_dim 64 -> sections [8, 12, 12]
     return Qwen2VLConfig(
         text_config={
-            "vocab_size": VOCAB_SIZE,
+            "vocab_size": vocab_size(tokenizer),
             "hidden_size": options.hidden,
             "intermediate_size": options.inter,
             "num_hidden_layers": options.layers,

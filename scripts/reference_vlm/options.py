@@ -36,6 +36,7 @@ class Options:
     )
     long_share: float = _option(0.35, "share of those samples among the micro-batches")
     sizes: tuple[int, ...] = _option((56, 84, 112), "image sizes in px, in curriculum order")
+    words: int = _option(0, "most frequent words of the text that become tokens of their own")
     hidden: int = _option(256, "text width, must be heads x head-dim")
     layers: int = _option(4, "text layers")
     heads: int = _option(4, "query heads")

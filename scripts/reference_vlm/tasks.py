@@ -15,6 +15,7 @@ from .wording import Segment
 
 Attributes = list[list[int]]  # digits, colors, shapes of a sample's images
 INDUCTION_REPEATS = 5
+COUNTED_CHARACTERS = 200_000
 PASSAGE_TURNS = 8  # answers per passage: long texts must not carry one supervised token each
 
 
@@ -168,6 +169,11 @@ class Sampler:
         return segments
 
     # Text
+
+    def characters_per_token(self) -> float:
+        """Of the corpus, by its beginning."""
+        text = wording.plain(self.corpus[:COUNTED_CHARACTERS])
+        return len(text) / (len(self.batcher.encode_text(text)[0]) - 1)
 
     def _window(self, size: int) -> str:
         start = self.rng.randrange(len(self.corpus) - size)

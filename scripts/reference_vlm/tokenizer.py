@@ -1,4 +1,6 @@
-"""Byte-level tokenizer: 256 bytes, Qwen's special tokens, and whole words of the tasks."""
+"""Byte-level tokenizer: 256 bytes, Qwen's special tokens, and whole words of the tasks or more."""
+
+from collections.abc import Sequence
 
 from . import wording
 
@@ -23,7 +25,7 @@ WORDS = (
     *(f" {name}" for name in wording.SHAPE_NAMES),
     *(f" {digit}" for digit in range(10)),
 )
-VOCAB_SIZE = 384  # the tokens above, rounded up to a multiple of 128
+VOCAB_MULTIPLE = 128  # sizes that kernels like
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{m.role}}\n"
@@ -35,18 +37,23 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer():
-    """The `PreTrainedTokenizerFast` with its chat template."""
+def build_tokenizer(words: Sequence[str] = ()):
+    """The `PreTrainedTokenizerFast` with its chat template.
+
+    Every one of `words`, with or without the space before it, is a token of its own; letters that
+    are no such word stay bytes.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    pieces = [*alphabet, *(word.replace(" ", "\u0120") for word in words)]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=bool(words)))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(list(SPECIAL_TOKENS))
     core.add_tokens([AddedToken(w, normalized=False, special=False) for w in WORDS])
-    assert core.get_vocab_size() <= VOCAB_SIZE, core.get_vocab_size()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token=wording.IM_END,
@@ -55,3 +62,8 @@ def build_tokenizer():
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def vocab_size(tokenizer) -> int:
+    """Rows of the embedding: the tokens, rounded up."""
+    return -(-len(tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import wording
 from .batch import Batcher
 from .check import check
-from .corpus import load_corpus
+from .corpus import frequent_words, load_corpus
 from .fast_forward import FastForward
 from .mix import MicroBatch, TaskMix
 from .model import build_model, save_model
@@ -29,11 +29,12 @@ FINAL_RATE = 0.02  # of the peak, after the cosine decay
 class Trainer:
     def __init__(self, options: Options):
         self.options = options
-        self.tokenizer = build_tokenizer()
+        corpus = load_corpus()
+        self.tokenizer = build_tokenizer(frequent_words(corpus, options.words))
         self.model = build_model(options, self.tokenizer).to(options.device)
         self.forward = FastForward(self.model, options.silent_heads, options.seed)
         batcher = Batcher(self.tokenizer, options.device)
-        self.sampler = Sampler(batcher, options.device, options.seed, load_corpus())
+        self.sampler = Sampler(batcher, options.device, options.seed, corpus)
         self.mix = TaskMix(options, self.sampler)
         self.optimizer = _optimizer(self.model, options.lr)
         # Easy tokens that would hide whether an answer is right.

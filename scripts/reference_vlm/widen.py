@@ -6,10 +6,12 @@ MLPs compute what they did: |E x| = |x|, only RMSNorm divides by a mean over H i
 All further heads are fresh; none is a copy.  What else differs from the narrow model:
 
 * embeddings get a random part outside the range of E, which only fresh heads read;
+* tokens that the narrow model does not have are fresh;
 * the RoPE base may differ; layer 0's positional heads keep the fresh start for the new base.
 """
 
 import math
+from collections.abc import Sequence
 from random import Random
 
 import torch
@@ -18,19 +20,26 @@ from torch import Tensor, nn
 OUTSIDE = 0.5  # embedding norm outside the range of E, relative to the norm inside
 
 
-def widen(model: nn.Module, folder: str, seed: int) -> None:
-    """Overwrite the freshly initialised `model` in place from the checkpoint in `folder`."""
-    from transformers import Qwen2VLForConditionalGeneration
+def widen(model: nn.Module, folder: str, tokenizer, seed: int) -> None:
+    """Overwrite the freshly initialised `model` in place from the checkpoint in `folder`.
+
+    `tokenizer` is the wide model's; the narrow one's lies in `folder`.
+    """
+    from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
     narrow = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     _check_shapes(narrow, model)
+    known, wanted = AutoTokenizer.from_pretrained(folder).get_vocab(), tokenizer.get_vocab()
+    if lost := known.keys() - wanted.keys():
+        raise ValueError(f"the start has tokens that the wider model has not: {sorted(lost)}")
+    rows = [(row, wanted[token]) for token, row in known.items()]
     with torch.no_grad():
-        _Widening(narrow, model, seed).apply()
+        _Widening(narrow, model, rows, seed).apply()
 
 
 def _check_shapes(narrow: nn.Module, wide: nn.Module) -> None:
     old, new = narrow.config.text_config, wide.config.text_config
-    for name in ("num_hidden_layers", "vocab_size", "intermediate_size"):
+    for name in ("num_hidden_layers", "intermediate_size"):
         if getattr(old, name) != getattr(new, name):
             raise ValueError(f"{name} is {getattr(new, name)}, the start has {getattr(old, name)}")
     for name, of in (
@@ -51,8 +60,13 @@ def trained_heads(seed: int, layers: int, narrow: int, wide: int) -> list[list[i
 
 
 class _Widening:
-    def __init__(self, narrow: nn.Module, wide: nn.Module, seed: int):
+    """`rows` pairs a token's row in the narrow embedding with the one in the wide embedding."""
+
+    def __init__(
+        self, narrow: nn.Module, wide: nn.Module, rows: Sequence[tuple[int, int]], seed: int
+    ):
         self.narrow, self.wide = narrow, wide
+        self.old_rows, self.new_rows = torch.tensor(rows).T
         self.old, self.new = narrow.config.text_config, wide.config.text_config
         self.generator = torch.Generator().manual_seed(seed)
         gauss = self._normal(self.new.hidden_size, self.old.hidden_size)
@@ -69,12 +83,12 @@ class _Widening:
     def apply(self) -> None:
         old, new = self.narrow.model, self.wide.model
         self._vision(old.visual, new.visual)
-        embedding = old.language_model.embed_tokens.weight
-        new.language_model.embed_tokens.weight.copy_(
+        embedding = old.language_model.embed_tokens.weight[self.old_rows]
+        new.language_model.embed_tokens.weight[self.new_rows] = (
             embedding @ self.E.T + self._outside(embedding)
         )
-        self.wide.lm_head.weight.copy_(
-            self._reader(self.narrow.lm_head.weight, old.language_model.norm.weight)
+        self.wide.lm_head.weight[self.new_rows] = self._reader(
+            self.narrow.lm_head.weight[self.old_rows], old.language_model.norm.weight
         )
         layers = zip(old.language_model.layers, new.language_model.layers, strict=True)
         for index, (source, target) in enumerate(layers):

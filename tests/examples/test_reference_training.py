@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 from reference_vlm import images, wording
 from reference_vlm.batch import Batcher
 from reference_vlm.check import check
+from reference_vlm.corpus import frequent_words
 from reference_vlm.curriculum import MIN_UPDATES, Level
 from reference_vlm.fast_forward import FastForward
 from reference_vlm.heads import contributions, spectra, table
@@ -20,7 +21,7 @@ from reference_vlm.mix import TaskMix
 from reference_vlm.model import build_model
 from reference_vlm.options import Options, parse_options
 from reference_vlm.tasks import Sampler
-from reference_vlm.tokenizer import build_tokenizer
+from reference_vlm.tokenizer import build_tokenizer, vocab_size
 from reference_vlm.widen import trained_heads
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -44,6 +45,7 @@ def narrow(tmp_path_factory):
                 weight.add_(0.2 * torch.randn(weight.shape, generator=torch.manual_seed(5)))
     folder = tmp_path_factory.mktemp("narrow")
     model.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
     return model, folder
 
 
@@ -70,8 +72,9 @@ def test_widened_model_computes_what_the_narrow_one_does(narrow, monkeypatch):
     with_fresh, _ = FastForward(wide).logits_at(batch)
     silence_fresh_heads(wide)
     found, _ = FastForward(wide).logits_at(batch)
+    tokens = len(build_tokenizer())  # further rows stand for no token
     # The norms' epsilon counts for more where the mean is over more numbers.
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(found[:, :tokens], expected[:, :tokens], rtol=0, atol=1e-3)
     assert (with_fresh - expected).abs().max() > 0.01
 
 
@@ -217,3 +220,31 @@ def test_options_are_checked(capsys):
     assert "heads x head-dim is 256" in capsys.readouterr().err
     with pytest.raises(ValueError, match="context 300"):
         Options(context=300)
+
+
+def test_frequent_words_become_tokens_and_keys_stay_letters():
+    words = frequent_words(CORPUS, 4)
+    assert words == [" brown", " dog", " fox", " jumps"]
+    tokenizer = build_tokenizer(words)
+    text = "A dog: ax 41\n jumpsuit"
+    pieces = [tokenizer.decode([i]) for i in tokenizer(text).input_ids]
+    assert "".join(pieces) == text
+    assert pieces == ["A", " dog", ":", " a", "x", " 4", "1", "\n", " ", *"jumpsuit"]
+    assert vocab_size(build_tokenizer()) == 384
+
+
+def test_widening_keeps_what_the_narrow_model_computes_beside_new_tokens(narrow, monkeypatch):
+    monkeypatch.setattr("reference_vlm.widen.OUTSIDE", 0.0)
+    tokenizer = build_tokenizer(["quick", " brown"])
+    wide = build_model(replace(WIDE, widen=str(narrow[1])), tokenizer)
+    silence_fresh_heads(wide)
+    known = build_tokenizer().get_vocab()
+    rows = {tokenizer.get_vocab()[token]: row for token, row in known.items()}
+    batch = make_sampler(corpus=LINES).recall_chat(2, 4)
+    expected, _ = FastForward(narrow[0]).logits_at(batch)
+    renamed = {row: new for new, row in rows.items()}
+    ids = batch.ids.apply_(renamed.__getitem__)
+    found, _ = FastForward(wide).logits_at(replace(batch, ids=ids))
+    torch.testing.assert_close(
+        found[:, list(rows)], expected[:, list(rows.values())], rtol=0, atol=1e-3
+    )

@@ -17,7 +17,7 @@ from vllm_attentionpack.ops.cpu import library
 #: Most rows of a packed matrix that share the scales of their columns, and the largest integer: the
 #: sum of so many products of two such integers fits 32 bits. Both as in csrc.
 SEGMENT, LARGEST = 128, 4095
-BLOCK_VECTORS = 4
+BLOCK_VECTORS = 2
 
 
 class Map(ABC):

@@ -1,10 +1,11 @@
 // Attention of a few query rows to a stretch of codes, for one instruction set.
 //
-// Tokens are gathered into tiles of one modality. Codes of a tile are unpacked once and multiplied
-// with all rows of the head group: keys with the tokens side by side in the lanes, values with the
-// latent dims side by side, so that neither product needs a sum across lanes. Both products see
-// 32-bit lanes: two 16-bit integers (queries and weights are quantised per row, 16 bits against the
-// 8 of bfloat16), or one float where the model runs in float32 or latents are bfloat16.
+// Tokens are gathered into tiles of one modality. Their bytes become words of 32 bits once: keys with
+// the tokens side by side in the lanes and four bytes of a token in a word, values with the latent
+// dims side by side and four tokens in a word, so that neither product needs a sum across lanes. The
+// register blocks of the products unpack words as they go. Both products see 32-bit lanes: four 8-bit
+// or two 16-bit integers (queries and weights are quantised per row), or one float where the model
+// runs in float32 or latents are bfloat16.
 #pragma once
 
 #include <algorithm>
@@ -20,12 +21,15 @@ namespace attentionpack {
 namespace {
 
 constexpr int kTile = 128;
-constexpr int kBlockVectors = 4;  // of a register block
-// Tokens whose keys are unpacked at a time: 128 steps fill 16 KiB, 32 with 16 lanes.
-constexpr int kSub = kBlockVectors * kLanes;
-constexpr int kSteps = 128;    // 255 * 32767 * 2 * 128 still fits an int32
+// Of a register block: as many sums as there are registers for, beside the columns.
+constexpr int kBlockRows = kLanes == 16 ? 8 : 4;
+constexpr int kBlockVectors = 2;
+// Tokens whose keys are words at a time: 64 words fill 16 KiB with 16 lanes.
+constexpr int kSub = 4 * kLanes;
 constexpr int kSubVectors = kSub / kLanes;
-constexpr int kValueVectors = 4;
+constexpr int kSubWords = 64;
+constexpr int kSteps = 128;  // 255 * 32767 * 2 * 128 still fits an int32
+constexpr int kChunkVectors = 4;  // vectors of words that values have at a time
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLargest16 = 32767.0f, kLargest8 = 127.0f, kLargestWeight8 = 255.0f;
 // Weights of a tile go to 8 bits for planes of 2 and 4 bits. One that is more than this many times
@@ -34,7 +38,7 @@ constexpr float kLargest16 = 32767.0f, kLargest8 = 127.0f, kLargestWeight8 = 255
 // (11 %), and for usual weights a fifth of that.
 constexpr float kOutlier = 8.0f;
 static_assert(kTile <= 2 * kOutlier * kOutlier, "room for one outlier only");
-static_assert(kTile / 4 <= kQuadSteps && kSteps / 4 <= kQuadSteps, "sums of quads would overflow");
+static_assert(kTile / 4 <= kQuadSteps, "sums of quads would overflow");
 // Queries go to 8 bits for these planes where that moves logits by less than this (root mean
 // square).
 constexpr float kQuadError = 0.01f;
@@ -43,7 +47,7 @@ constexpr float kQuadError = 0.01f;
 struct Tile {
     int count = 0;
     const uint8_t* block[kTile];
-    int64_t slot[kTile];
+    uint32_t slot[kTile];
     int32_t position[kTile];
     float key_scale[kTile];
     float value_scale[kTile];
@@ -52,12 +56,20 @@ struct Tile {
 // Planes whose codes may meet numbers of 8 bits.
 constexpr bool by_quads(int64_t bits) { return bits == 2 || bits == 4; }
 
-// `NARROW`: these planes may go by quads.
+constexpr int zero_doubled(int64_t bits) { return bits == 16 ? 0 : (1 << bits) - 1; }
+
+// How words meet queries and weights. `column` is what step `i` of a word sees of its codes: those at
+// place `k` of each byte. Steps take the bytes in the order 0 2 1 3, but for quads, which take all.
+// `NARROW`: planes of 2 and 4 bits may go by quads.
 template <bool NARROW>
 struct Integers {
     typedef Int Sum;
     static constexpr int kPerStep = 2;
     static constexpr bool kNarrow = NARROW;
+    template <int BITS>
+    static AP_INLINE Int column(Word word, int k, int i) {
+        return (Int)(word >> (BITS * k + 8 * i) & ((1u << BITS) - 1) * 0x00010001u);
+    }
     static AP_INLINE Sum step(Sum acc, Int left, Int right) {
         return dot(acc, left, right);
     }
@@ -70,6 +82,10 @@ template <int BITS, bool SIGNED>
 struct Quads {
     typedef Int Sum;
     static constexpr int kPerStep = 4;
+    template <int>
+    static AP_INLINE Int column(Word word, int k, int) {
+        return (Int)(word >> BITS * k & ((1u << BITS) - 1) * 0x01010101u);
+    }
     static AP_INLINE Sum step(Sum acc, Int left, Int right) {
         return SIGNED ? dot_quad<BITS>(acc, right, left) : dot_quad<BITS>(acc, left, right);
     }
@@ -84,111 +100,111 @@ struct Floats {
     typedef Float Sum;
     static constexpr int kPerStep = 1;
     static constexpr bool kNarrow = false;
+    template <int BITS>
+    static AP_INLINE Int column(Word word, int k, int i) {
+        if (BITS == 16) return (Int)(i == 0 ? word << 16 : word & 0xffff0000u);
+        const Word codes = word >> (BITS * k + i % 2 * 16 + i / 2 * 8) & ((1u << BITS % 16) - 1);
+        return (Int)(to_float(codes) - 0.5f * zero_doubled(BITS));
+    }
     static AP_INLINE Sum step(Sum acc, Int left, Int right) {
         return acc + (Float)left * (Float)right;
     }
     static AP_INLINE Float value(Sum acc) { return acc; }
 };
 
-// Rows and vectors of a register block: as many sums as there are registers for, beside the columns.
-constexpr int kBlockRows = kLanes == 16 ? 4 : 2;
+constexpr int places(int bits) { return bits == 16 ? 1 : 8 / bits; }
+template <class A, int BITS>
+constexpr int kWordSteps = (BITS == 16 ? 2 : 4) / A::kPerStep;
 
-// out[r][n] = sum over steps of left[r][step] * right[step][n]; a register block.
+// out[r][n] += left[r] * right[n].
 template <class A, int ROWS, int N>
-AP_INLINE void multiply(const int32_t* left, int64_t left_stride, const Int* right,
-                        int64_t right_stride, int steps, typename A::Sum (&out)[ROWS][N]) {
+AP_INLINE void add_step(const int32_t* left, int64_t left_stride, const Int (&right)[N],
+                        typename A::Sum (&out)[ROWS][N]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+        // Pinned: else it is read again for every column.
+        const Int row = pinned(splat(left[r * left_stride]));
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) out[r][n] = pinned(A::step(out[r][n], row, right[n]));
+    }
+}
+
+template <class V, int ROWS, int N>
+AP_INLINE void clear(V (&out)[ROWS][N]) {
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) out[r][n] = typename A::Sum{};
-    const auto one = [&](int s) {
-        Int column[N];
+        for (int n = 0; n < N; ++n) out[r][n] = V{};
+}
+
+// What a register block asks for beside its work, a little at every step: prefetches in one go would
+// wait for each other.
+struct Stream {
+    const uint8_t* at;
+    int64_t step;  // bytes
+
+    AP_INLINE void next() {
+        // Into the second cache: with what it works on, a tile of codes fills the first.
+        __builtin_prefetch(at, 0, 2);
+        at += step;
+    }
+};
+
+// Sums of queries times all codes of `count` words of keys, for `N` vectors of tokens.
+template <class A, int BITS, int ROWS, int N>
+AP_INLINE void multiply_key_words(const int32_t* left, int64_t left_stride, const Word* words,
+                                  int count, Stream ahead, typename A::Sum (&out)[ROWS][N]) {
+    constexpr int steps = kWordSteps<A, BITS>;
+    clear(out);
+    for (int w = 0; w < count; ++w, words += kSubVectors) {
+        Word word[N];
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) column[n] = pinned(right[s * right_stride + n]);
+        for (int n = 0; n < N; ++n) word[n] = pinned(words[n]);
+#pragma GCC unroll 16
+        for (int s = 0; s < places(BITS) * steps; ++s, ++left) {
+            Int column[N];
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) {
-            // Pinned, too: else it is read again for every column.
-            const Int row = pinned(splat(left[r * left_stride + s]));
-#pragma GCC unroll 8
-            for (int n = 0; n < N; ++n) out[r][n] = pinned(A::step(out[r][n], row, column[n]));
+            for (int n = 0; n < N; ++n)
+                column[n] = pinned(A::template column<BITS>(word[n], s / steps, s % steps));
+            add_step<A>(left, left_stride, column, out);
+            ahead.next();
         }
-    };
-    int s = 0;
-    for (; s + 2 <= steps; s += 2) {
-        one(s);
-        one(s + 1);
     }
-    if (s < steps) one(s);
 }
 
-// Calls f(vectors of the block, first vector) for blocks of 4, 2 and 1 vectors, constant expressions.
-template <class F>
-AP_INLINE void for_vector_blocks(int vectors, F f) {
-    int v = 0;
-    for (; v + kBlockVectors <= vectors; v += kBlockVectors)
-        f(std::integral_constant<int, kBlockVectors>{}, v);
-    if (v + 2 <= vectors) {
-        f(std::integral_constant<int, 2>{}, v);
-        v += 2;
+// Sums of weights times codes of `count` words of values: `N` places of each byte from `FIRST` on, or
+// `N` vectors of words that have one code a byte.
+template <class A, int BITS, int FIRST, int ROWS, int N>
+AP_INLINE void multiply_value_words(const int32_t* left, int64_t left_stride, const Word* words,
+                                    int count, Stream ahead, typename A::Sum (&out)[ROWS][N]) {
+    constexpr bool one = places(BITS) == 1;
+    clear(out);
+    for (int w = 0; w < count; ++w, words += kChunkVectors) {
+        Word word[one ? N : 1];
+        for (int n = 0; n < (one ? N : 1); ++n) word[n] = pinned(words[n]);
+        for (int i = 0; i < kWordSteps<A, BITS>; ++i, ++left) {
+            Int column[N];
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n)
+                column[n] = pinned(A::template column<BITS>(word[one ? n : 0], one ? 0 : FIRST + n, i));
+            add_step<A>(left, left_stride, column, out);
+            ahead.next();
+        }
     }
-    if (v < vectors) f(std::integral_constant<int, 1>{}, v);
 }
 
-constexpr int zero_doubled(int64_t bits) { return bits == 16 ? 0 : (1 << bits) - 1; }
+// Calls f(block, first) for blocks of 2 * SIZE - 1 to 1, constant expressions, that make up `count`.
+template <int SIZE, class F>
+AP_INLINE void for_blocks(int64_t count, F f, int64_t first = 0) {
+    for (; first + SIZE <= count; first += SIZE) f(std::integral_constant<int, SIZE>{}, first);
+    if constexpr (SIZE > 1) for_blocks<SIZE / 2>(count, f, first);
+}
 
-// Words of a plane that share a scale of the queries and are unpacked at a time. Planes that may go
-// by quads have half of what fits, which `kQuadSteps` covers.
+// Words of a plane that share a scale of the queries and are multiplied at a time.
 template <class A>
 AP_INLINE int64_t words_per_segment(int64_t bits) {
-    return (A::kNarrow && bits == 2 ? kSteps / 2 : kSteps) * A::kPerStep * bits / 32;
-}
-
-template <class A, int BITS, bool QUADS = false>
-AP_INLINE void unpack_key_words(const uint32_t* words, int64_t count, Int* out) {
-    constexpr uint32_t mask = (1u << BITS) - 1;
-    const auto each = [&](int64_t w, int shift, auto unpack) {
-        for (int v = 0; v < kSubVectors; ++v)
-            *out++ = unpack(load<Word>(words + w * kSub + v * kLanes) >> shift);
-    };
-    const auto pair = [](Word word) { return (Int)(word & (mask << 16 | mask)); };
-    const auto quad = [](Word word) { return (Int)(word & (mask * 0x01010101u)); };
-    const auto single = [](Word word) {
-        return (Int)(to_float(word & mask) - 0.5f * zero_doubled(BITS));
-    };
-    for (int64_t w = 0; w < count; ++w) {
-        if constexpr (QUADS) {
-            for (int k = 0; k < 8; k += BITS) each(w, k, quad);
-            continue;
-        }
-        for (int k = 0; k < 8; k += BITS) {
-            for (int shift = k; shift < 16; shift += 8) {
-                if constexpr (A::kPerStep == 2)
-                    each(w, shift, pair);
-                else
-                    for (int high = 0; high < 32; high += 16) each(w, high + shift, single);
-            }
-        }
-    }
-}
-
-AP_INLINE void unpack_key_words_16(const uint32_t* words, int64_t count, Int* out) {
-    for (int64_t w = 0; w < count; ++w) {
-        for (int v = 0; v < kSubVectors; ++v)
-            *out++ = (Int)(load<Word>(words + w * kSub + v * kLanes) << 16);
-        for (int v = 0; v < kSubVectors; ++v)
-            *out++ = (Int)(load<Word>(words + w * kSub + v * kLanes) & 0xffff0000u);
-    }
-}
-
-// [words of a segment][kSub tokens] -> [steps][kSub tokens].
-template <class A>
-void unpack_keys(int64_t bits, const uint32_t* words, int64_t count, Int* out) {
-    switch (bits) {
-        case 8: return unpack_key_words<A, 8>(words, count, out);
-        case 4: return unpack_key_words<A, 4>(words, count, out);
-        case 2: return unpack_key_words<A, 2>(words, count, out);
-        default: return unpack_key_words_16(words, count, out);
-    }
+    const int64_t fit = std::min<int64_t>(kSteps * A::kPerStep * bits / 32, kSubWords);
+    return A::kNarrow && bits == 2 ? std::min<int64_t>(fit, kQuadSteps * bits / 8) : fit;
 }
 
 float largest_magnitude(const float* from, int64_t count) {
@@ -230,69 +246,21 @@ AP_INLINE void order_quads(int32_t* quads, int64_t count) {
     }
 }
 
-// Vectors that a chunk of kLanes bytes becomes, or of kLanes latents of 16 bits.
-constexpr int vectors_per_chunk(int64_t bits) { return bits == 16 ? 1 : int(8 / bits); }
-constexpr int64_t chunk_bytes(int64_t bits) { return bits == 16 ? 2 * kLanes : kLanes; }
-// Bytes that a register block takes.
-constexpr int64_t turn_bytes(int64_t bits) {
-    return kValueVectors / vectors_per_chunk(bits) * chunk_bytes(bits);
+// Bytes of a token that a vector of words holds, of codes or of latents of 16 bits.
+constexpr int64_t vector_bytes(int64_t bits) { return bits == 16 ? 2 * kLanes : kLanes; }
+constexpr int64_t vectors_of(int64_t bytes, int64_t bits) {
+    return (bytes + vector_bytes(bits) - 1) / vector_bytes(bits);
 }
 
-// The bytes of a stretch of a plane, no more than a register block takes, of all tokens of a tile:
-// out[step * stride + v] with the sub-planes of each chunk side by side.
-template <class A, int BITS>
-AP_INLINE void unpack_value_bytes(const uint8_t* const* rows, int64_t byte, int bytes, int steps,
-                                  Int* out) {
-    constexpr uint32_t mask = (1u << BITS) - 1;
-    constexpr int spread = 32 / A::kPerStep;  // bits from one token of a step to the next
-    constexpr int chunks = kValueVectors * BITS / 8;
-    const auto unpack = [&](const uint8_t* const* tokens, int64_t at, auto read, Int* to) {
-        Word word{};
-#pragma GCC unroll 4
-        for (int e = 0; e < A::kPerStep; ++e) word |= read(tokens[e] + at) << (spread % 32 * e);
-#pragma GCC unroll 4
-        for (int k = 0; k < 8 / BITS; ++k) {
-            const Word codes = word >> (BITS * k);
-            if constexpr (A::kPerStep == 4)
-                to[k] = (Int)(codes & (mask * 0x01010101u));
-            else if constexpr (A::kPerStep == 2)
-                to[k] = (Int)(codes & (mask << 16 | mask));
-            else
-                to[k] = (Int)(to_float(codes & mask) - 0.5f * zero_doubled(BITS));
-        }
+// Latents of 16 bits of four tokens as two vectors of words, for dims side by side: tokens 0 and 2,
+// then 1 and 3.
+AP_INLINE void interleave_halves(const uint8_t* const* tokens, int64_t byte, int bytes, Word* even,
+                                 Word* odd) {
+    const auto read = [&](int t) {
+        return __builtin_convertvector(load_head<Halves>(tokens[t] + byte, bytes), Word);
     };
-    const auto whole = [](const uint8_t* from) { return load_bytes(from); };
-    if (bytes == chunks * kLanes) {
-        // A cache line is read at one time, not once per chunk.
-        for (int s = 0; s < steps; ++s, rows += A::kPerStep, out += kValueVectors)
-#pragma GCC unroll 4
-            for (int c = 0; c < chunks; ++c)
-                unpack(rows, byte + c * kLanes, whole, out + c * (8 / BITS));
-        return;
-    }
-    for (int at = 0; at < bytes; at += kLanes, out += 8 / BITS) {
-        const int left = bytes - at;
-        const auto head = [&](const uint8_t* from) { return load_bytes(from, left); };
-        for (int s = 0; s < steps; ++s) {
-            const uint8_t* const* tokens = rows + s * A::kPerStep;
-            Int* to = out + s * kValueVectors;
-            if (left >= kLanes)
-                unpack(tokens, byte + at, whole, to);
-            else
-                unpack(tokens, byte + at, head, to);
-        }
-    }
-}
-
-AP_INLINE void unpack_value_bytes_16(const uint8_t* const* rows, int64_t byte, int bytes, int steps,
-                                     Int* out) {
-    for (int at = 0; at < bytes; at += 2 * kLanes, ++out) {
-        for (int s = 0; s < steps; ++s) {
-            const Halves read =
-                load_head<Halves>(rows[s] + byte + at, std::min(2 * kLanes, bytes - at));
-            out[s * kValueVectors] = (Int)(__builtin_convertvector(read, Word) << 16);
-        }
-    }
+    *even = read(0) | read(2) << 16;
+    *odd = read(1) | read(3) << 16;
 }
 
 // Lanes of the attended values of one head group: every sub-plane is padded to whole vectors.
@@ -300,29 +268,30 @@ int64_t value_lanes(const Side& side) {
     int64_t vectors = 0;
     for (int p = 0; p < side.num_planes; ++p) {
         const Plane& plane = side.planes[p];
-        const int64_t chunk = chunk_bytes(plane.bits);
-        vectors += (plane.bytes + chunk - 1) / chunk * vectors_per_chunk(plane.bits);
+        vectors += vectors_of(plane.bytes, plane.bits) * places(int(plane.bits));
     }
     return vectors * kLanes;
 }
 
 // Work areas of one thread.
 struct Scratch {
-    alignas(64) Int codes[kSteps * kSubVectors > kTile * kValueVectors ? kSteps * kSubVectors
-                                                                        : kTile * kValueVectors];
-    alignas(64) uint32_t words[64 * kSub];
+    // Of a segment of keys [kSubWords][kSub], or of a chunk of values, tokens by kChunkVectors.
+    alignas(64) Word words[kSubWords * kSubVectors > kTile / 2 * kChunkVectors
+                               ? kSubWords * kSubVectors
+                               : kTile / 2 * kChunkVectors];
     alignas(64) float logits[kMaxRows][kTile];
-    alignas(64) int32_t weights[kMaxRows][kTile];  // kTile / 2 pairs, or kTile floats
+    // Pairs of 16-bit integers or floats; every four tokens in the order 0 2 1 3.
+    alignas(64) int32_t weights[kMaxRows][kTile];
     float weight_scale[kMaxRows];
     float weight_zero[kMaxRows];  // sum of the weights over the tile, in the units of `weights`
     // The same in 8 bits, without the row's outlier: a token of the tile, or none (-1).
-    alignas(64) Int quad_codes[kTile / 4 * kValueVectors];
     alignas(64) int32_t quad_weights[kMaxRows][kTile / 4];
     float quad_scale[kMaxRows];
     float quad_zero[kMaxRows];
     int outlier[kMaxRows];
     float outlier_weight[kMaxRows];
     float keep[kMaxRows];
+    float heaviest[kMaxRows], energy[kMaxRows];  // of the weights
     Tile tiles[2];
 };
 
@@ -366,9 +335,12 @@ class Attention {
                 end_byte_ = std::max(end_byte_, plane.offset + plane.bytes * args.block_size);
             }
         }
-        const int64_t row_blocks = piece.rows / kBlockRows + piece.rows % kBlockRows;
-        const int64_t turns = (queries_[0].segments * (kTile / kSub) + value_turns()) * row_blocks;
-        ahead_bytes_ = (end_byte_ - first_byte_) * kTile / args.block_size / turns + 64;
+        int64_t row_blocks = 0;
+        for_blocks<kBlockRows>(piece.rows, [&](auto, int64_t) { ++row_blocks; });
+        const int64_t bytes = (end_byte_ - first_byte_) * kTile / args.block_size;
+        ahead_step_ = bytes / (steps_per_tile() * row_blocks) + 1;
+        for (int p = 0; p < group_.value.num_planes; ++p)
+            wide_weights_ |= !by_quads(group_.value.planes[p].bits) || !A::kNarrow;
     }
 
     void run() {
@@ -386,8 +358,8 @@ class Attention {
             const int64_t end = std::min(piece_.stop, (index + 1) * size);
             if (next_block_ <= index) next_block_ = index + 1, next_byte_ = first_byte_;
             last_ahead_ = (end + 2 * kTile) / size;
-            const int64_t first = index * size;
-            for (; position < end; ++position) append(block, position - first, position);
+            append(block, position - index * size, end - index * size, position);
+            position = end;
         }
         for (int64_t m = 0; m < args_.modalities; ++m)
             if (s_->tiles[m].count) process(m);
@@ -411,16 +383,6 @@ class Attention {
         out.steps = take<int32_t>(memory, piece_.rows * out.stride);
         out.scale = take<float>(memory, piece_.rows * q.segments);
         out.shift = take<float>(memory, piece_.rows * q.segments);
-    }
-
-    // How often a tile's values are unpacked.
-    int64_t value_turns() const {
-        int64_t turns = 0;
-        for (int p = 0; p < group_.value.num_planes; ++p) {
-            const Plane& plane = group_.value.planes[p];
-            turns += (plane.bytes + turn_bytes(plane.bits) - 1) / turn_bytes(plane.bits);
-        }
-        return turns;
     }
 
     static int64_t count_segments(const Side& side) {
@@ -519,42 +481,96 @@ class Attention {
         }
     }
 
-    // Asks for a few lines of the blocks to come: one call beside every register block's work. Codes
-    // are read a few bytes per token, in an order that the processor does not foresee.
-    AP_INLINE void fetch_ahead() {
-        if (next_block_ > last_ahead_ || next_block_ * args_.block_size >= piece_.stop) return;
-        const int32_t* table = args_.table + piece_.request * args_.table_stride;
-        const uint8_t* block = args_.cache + int64_t(table[next_block_]) * args_.block_bytes;
-        const int64_t end = std::min(end_byte_, next_byte_ + ahead_bytes_);
-        for (; next_byte_ < end; next_byte_ += 64) __builtin_prefetch(block + next_byte_);
-        if (next_byte_ >= end_byte_) ++next_block_, next_byte_ = first_byte_;
+    // Of the register blocks of a few rows over a whole tile.
+    int64_t steps_per_tile() const {
+        int64_t keys = 0, values = 0;
+        for (const Side* side : {&group_.key, &group_.value}) {
+            for (int p = 0; p < side->num_planes; ++p) {
+                const Plane& plane = side->planes[p];
+                const bool quads = A::kNarrow && by_quads(plane.bits);
+                const int64_t per_step = quads ? 4 : A::kPerStep;
+                if (side == &group_.key)
+                    keys += plane.dims / per_step;
+                else
+                    values += (vectors_of(plane.bytes, plane.bits) * places(int(plane.bits)) + 1) /
+                              kBlockVectors * (kTile / per_step);
+            }
+        }
+        return keys * (kTile / kLanes / kBlockVectors) + values;
     }
 
-    AP_INLINE void append(const uint8_t* block, int64_t slot, int64_t position) {
-        const uint8_t byte = block[group_.key.scales + slot];
-        const int64_t m = args_.modalities == 2 ? byte >> 7 : 0;
-        Tile& tile = s_->tiles[m];
-        const int at = tile.count++;
-        tile.block[at] = block;
-        tile.slot[at] = slot;
-        tile.position[at] = int32_t(position);
-        tile.key_scale[at] = kScales.value[byte & 127];
-        tile.value_scale[at] = kScales.value[block[group_.value.scales + slot] & 127];
-        if (tile.count == kTile) process(m);
+    // What the next `steps` steps are to ask for of the blocks to come. Codes are read a few bytes per
+    // token, in an order that the processor does not foresee.
+    AP_INLINE Stream fetch_ahead(int64_t steps) {
+        if (next_block_ > last_ahead_ || next_block_ * args_.block_size >= piece_.stop)
+            return {reinterpret_cast<const uint8_t*>(s_), 0};
+        const int32_t* table = args_.table + piece_.request * args_.table_stride;
+        const uint8_t* block = args_.cache + int64_t(table[next_block_]) * args_.block_bytes;
+        if (next_byte_ == first_byte_) {
+            for (const Side* side : {&group_.key, &group_.value})
+                for (int64_t i = 0; i < args_.block_size; i += 64)
+                    __builtin_prefetch(block + side->scales + i, 0, 2);
+        }
+        const Stream stream{block + next_byte_, ahead_step_};
+        next_byte_ += steps * ahead_step_;
+        if (next_byte_ >= end_byte_) ++next_block_, next_byte_ = first_byte_;
+        return stream;
+    }
+
+    // The tokens in the slots from `slot` to `stop` of a block, at the positions from `position` on.
+    AP_INLINE void append(const uint8_t* block, int64_t slot, int64_t stop, int64_t position) {
+        const uint8_t* key_scale = block + group_.key.scales;
+        const uint8_t* value_scale = block + group_.value.scales;
+        while (slot < stop) {
+            int64_t m = 0, count = stop - slot;
+            if (args_.modalities == 2) {
+                m = key_scale[slot] >> 7;
+                for (count = 1; slot + count < stop && key_scale[slot + count] >> 7 == m;) ++count;
+            }
+            Tile& tile = s_->tiles[m];
+            const int at = tile.count;
+            count = std::min<int64_t>(count, kTile - at);
+            for (int64_t i = 0; i < count; ++i) {
+                tile.block[at + i] = block;
+                tile.slot[at + i] = uint32_t(slot + i);
+                tile.position[at + i] = int32_t(position + i);
+            }
+            read_scales(key_scale + slot, count, tile.key_scale + at);
+            read_scales(value_scale + slot, count, tile.value_scale + at);
+            tile.count += int(count);
+            slot += count;
+            position += count;
+            if (tile.count == kTile) process(m);
+        }
+    }
+
+    static AP_INLINE void read_scales(const uint8_t* bytes, int64_t count, float* out) {
+        constexpr int kOne = 64;  // the byte of a scale of one; eight steps double it
+        int64_t i = 0;
+        for (; i + kLanes <= count; i += kLanes) {
+            const Word byte = load_bytes(bytes + i) & 127;
+            const Word power = (byte >> 3) - kOne / 8;
+            store(out + i, (Word)look_up(kScales.value + kOne, byte & 7) + (power << 23));
+        }
+        for (; i < count; ++i) out[i] = kScales.value[bytes[i] & 127];
     }
 
     void process(int64_t m) {
         Tile& tile = s_->tiles[m];
         // Room for whole vectors: repeated tokens get no weight.
-        const int padded = (tile.count + 15) / 16 * 16;
-        for (int t = tile.count; t < padded; ++t) {
+        constexpr int whole = kBlockVectors * kLanes;
+        const int padded = (tile.count + whole - 1) / whole * whole;
+        for (int t = tile.count; t < kTile; ++t) {
             tile.block[t] = tile.block[0];
             tile.slot[t] = tile.slot[0];
             tile.key_scale[t] = tile.value_scale[t] = 0;
         }
         for (int from = 0; from < padded; from += kSub)
             multiply_keys(m, from, std::min(kSub, padded - from));
-        for (int64_t row = 0; row < piece_.rows; ++row) weigh(m, row, padded);
+        // Three passes over all rows, so that the sums across lanes of one hide behind the next.
+        for (int64_t row = 0; row < piece_.rows; ++row) move_top(m, row);
+        for (int64_t row = 0; row < piece_.rows; ++row) weigh(m, row);
+        for (int64_t row = 0; row < piece_.rows; ++row) round_weights(row);
         multiply_values(m, padded);
         tile.count = 0;
     }
@@ -562,111 +578,122 @@ class Attention {
     // Where the codes of a plane begin, of `count` tokens; a multiple of 16 of them.
     static AP_INLINE void find_rows(const Tile& tile, const Plane& plane, int from, int count,
                                     const uint8_t** rows) {
-        const int64_t offset = plane.offset, bytes = plane.bytes;
+        const int64_t offset = plane.offset;
+        const uint32_t bytes = uint32_t(plane.bytes);  // so that the product is of 32 bits each
         const uint8_t* const* block = tile.block + from;
-        const int64_t* slot = tile.slot + from;
+        const uint32_t* slot = tile.slot + from;
         for (int t = 0; t < count; t += 8)
 #pragma GCC unroll 8
-            for (int i = t; i < t + 8; ++i) rows[i] = block[i] + (offset + slot[i] * bytes);
+            for (int i = t; i < t + 8; ++i) rows[i] = block[i] + (offset + uint64_t(slot[i]) * bytes);
     }
 
     void multiply_keys(int64_t m, int from, int count) {
         const Tile& tile = s_->tiles[m];
-        const float largest_scale =
-            *std::max_element(tile.key_scale + from, tile.key_scale + from + count);
+        const float largest_scale = largest_magnitude(tile.key_scale + from, count);
+        uint32_t* words = reinterpret_cast<uint32_t*>(s_->words);
         const uint8_t* rows[kSub];
-        int64_t step = 0, segment = 0;
-        for_segments(group_.key, [&](const Plane& plane, int64_t word, int64_t words) {
+        KeyWork work{m, 0, 0, 0, from, count / kLanes};
+        for_segments(group_.key, [&](const Plane& plane, int64_t word, int64_t count_words) {
             find_rows(tile, plane, from, count, rows);
-            for (int t = 0; t < count; t += 8)
-                for (int64_t w = 0; w < words; w += 8)
-                    transpose_words(rows + t, 4 * (word + w), s_->words + w * kSub + t, kSub);
-            const int steps = int(words * 32 / plane.bits / A::kPerStep);
-            KeyWork work{m, step, segment, steps, from};
-            if (A::kNarrow && largest_scale <= queries_[m].reach[segment]) {
-                work.step /= 2;
-                work.steps /= 2;
-                if (plane.bits == 2)
-                    key_quads<2>(words, work, count / kLanes);
-                else
-                    key_quads<4>(words, work, count / kLanes);
-            } else {
-                unpack_keys<A>(plane.bits, s_->words, words, s_->codes);
-                key_columns<A>(work, count / kLanes);
+            for (int t = 0; t < count; t += kLanes)
+                for (int64_t w = 0; w < count_words; w += 4)
+                    transpose_words(rows + t, 4 * (word + w), words + w * kSub + t, kSub);
+            work.words = int(count_words);
+            const bool quads = A::kNarrow && largest_scale <= queries_[m].reach[work.segment];
+            switch (plane.bits) {
+                case 2: key_segment<2>(quads, work); break;
+                case 4: key_segment<4>(quads, work); break;
+                case 8: key_blocks<A, 8>(work); break;
+                default: if constexpr (A::kPerStep == 1) key_blocks<A, 16>(work);
             }
-            step += steps;
-            ++segment;
+            work.dim += count_words * 32 / plane.bits;
+            ++work.segment;
         });
     }
 
-    // One segment of the keys of a modality, unpacked, at the tokens `from` on.
+    // One segment of the keys of a modality as words, of the tokens `from` on.
     struct KeyWork {
-        int64_t m, step, segment;
-        int steps, from;
+        int64_t m, dim, segment;
+        int words, from, vectors;
     };
 
     template <int BITS>
-    AP_INLINE void key_quads(int64_t words, const KeyWork& work, int vectors) {
-        unpack_key_words<A, BITS, true>(s_->words, words, s_->codes);
-        key_columns<QueryQuads<BITS>>(work, vectors);
+    AP_INLINE void key_segment(bool quads, const KeyWork& work) {
+        if constexpr (A::kNarrow)
+            if (quads) return key_blocks<QueryQuads<BITS>, BITS>(work);
+        key_blocks<A, BITS>(work);
     }
 
-    template <class B>
-    AP_INLINE void key_columns(const KeyWork& work, int vectors) {
-        for_vector_blocks(vectors, [&](auto n, int v) {
-            for_row_blocks([&](auto size, int64_t row) {
-                fetch_ahead();
-                key_block<B, size, n>(work, row, v);
+    template <class B, int BITS>
+    AP_INLINE void key_blocks(const KeyWork& work) {
+        for (int v = 0; v < work.vectors; v += kBlockVectors) {
+            for_blocks<kBlockRows>(piece_.rows, [&](auto size, int64_t row) {
+                key_block<B, BITS, size>(work, row, v);
             });
-        });
+        }
     }
 
-    template <class B, int ROWS, int N>
+    template <class B, int BITS, int ROWS>
     AP_NOINLINE void key_block(const KeyWork& work, int64_t row, int v) {
+        // Copies: after a store the compiler would read anew whatever it had not copied.
         const int64_t segments = queries_[work.m].segments;
-        const Queries::Numbers& q =
+        const Queries::Numbers q =
             B::kPerStep == 4 ? queries_[work.m].quads : queries_[work.m].wide;
-        typename B::Sum acc[ROWS][N];
-        multiply<B, ROWS, N>(q.steps + row * q.stride + work.step, q.stride, s_->codes + v,
-                             kSubVectors, work.steps, acc);
+        typename B::Sum acc[ROWS][kBlockVectors];
+        const int steps = work.words * places(BITS) * kWordSteps<B, BITS>;
+        multiply_key_words<B, BITS>(q.steps + row * q.stride + work.dim / B::kPerStep, q.stride,
+                                    s_->words + v, work.words, fetch_ahead(steps), acc);
+        const float* scales = q.scale + row * segments + work.segment;
+        const float* shifts = q.shift + row * segments + work.segment;
+        float* logits = s_->logits[row] + work.from + v * kLanes;
+        const Int before = splat(work.segment == 0 ? 0 : -1);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
-            const float scale = q.scale[(row + r) * segments + work.segment];
-            const float shift = q.shift[(row + r) * segments + work.segment];
+            const float scale = scales[r * segments], shift = shifts[r * segments];
 #pragma GCC unroll 8
-            for (int n = 0; n < N; ++n) {
-                float* logit = s_->logits[row + r] + work.from + (v + n) * kLanes;
-                const Float before = work.segment ? load<Float>(logit) : Float{};
-                store(logit, before + (B::value(acc[r][n]) * scale + shift));
+            for (int n = 0; n < kBlockVectors; ++n) {
+                float* logit = logits + r * kTile + n * kLanes;
+                const Float old = (Float)(load<Int>(logit) & before);
+                store(logit, old + (B::value(acc[r][n]) * scale + shift));
             }
         }
     }
 
-    // Logits of one row become weights; the running softmax of the row moves on.
-    void weigh(int64_t m, int64_t row, int padded) {
+    // Scales the logits of one row; its running maximum moves on.
+    void move_top(int64_t m, int64_t row) {
         const Tile& tile = s_->tiles[m];
         float* logits = s_->logits[row];
         const int seen = visible(tile, row);
         const float mean_logit = queries_[m].mean_logit[row];
         float& top = piece_.top[m * piece_.rows + row];
         Float best = splat(-kInfinity);
-        for (int t = 0; t < padded; t += kLanes) {
+#pragma GCC unroll 16
+        for (int t = 0; t < kTile; t += kLanes) {
             const Float x = load<Float>(logits + t) * load<Float>(tile.key_scale + t) + mean_logit;
             store(logits + t, x);
             best = maximum(best, x);
         }
-        if (seen < padded) {
-            for (int t = seen; t < padded; ++t) logits[t] = -kInfinity;
+        if (seen < kTile) {
+            std::fill(logits + seen, logits + kTile, -kInfinity);
             best = splat(-kInfinity);
             for (int t = 0; t < seen; t += kLanes) best = maximum(best, load<Float>(logits + t));
         }
         const float new_top = std::max(top, largest(best));
         s_->keep[row] = top == new_top ? 1.0f : std::exp(top - new_top);
         top = new_top;
-        const float base = new_top == -kInfinity ? 0.0f : new_top;
+    }
+
+    // Logits of one row become weights of the values' codes.
+    void weigh(int64_t m, int64_t row) {
+        const Tile& tile = s_->tiles[m];
+        float* logits = s_->logits[row];
+        const float top = piece_.top[m * piece_.rows + row];
+        const float base = top == -kInfinity ? 0.0f : top;
+        constexpr int degree = A::kPerStep == 1 ? 7 : 5;  // what 16-bit weights can tell
         Float mass{}, energy{}, heaviest{};
-        for (int t = 0; t < padded; t += kLanes) {
-            const Float p = exponential(load<Float>(logits + t) - base);
+#pragma GCC unroll 16
+        for (int t = 0; t < kTile; t += kLanes) {
+            const Float p = exponential<degree>(load<Float>(logits + t) - base);
             mass = mass + p;
             const Float weight = p * load<Float>(tile.value_scale + t);
             store(logits + t, weight);
@@ -675,31 +702,55 @@ class Attention {
         }
         float& total = piece_.total[m * piece_.rows + row];
         total = total * s_->keep[row] + attentionpack::sum(mass);
+        s_->heaviest[row] = largest(heaviest);
+        s_->energy[row] = attentionpack::sum(energy);
+    }
+
+    // Weights of one row, in `logits`, become the numbers that meet codes.
+    void round_weights(int64_t row) {
+        float* weights = s_->logits[row];
+        float most = s_->heaviest[row];
         if constexpr (A::kPerStep == 1) {
-            std::memcpy(s_->weights[row], logits, padded * 4);
+            for (int t = 0; t < kTile; t += kLanes)
+                store(s_->weights[row] + t, middle_swapped(load<Int>(weights + t)));
             s_->weight_scale[row] = 1;
             s_->weight_zero[row] = 0;
         } else {
-            const float most = largest(heaviest);
-            s_->weight_scale[row] = quantize<int16_t>(logits, padded, most, kLargest16,
-                                                      s_->weights[row], &s_->weight_zero[row]);
-            if (A::kNarrow) weigh_quads(row, padded, most, attentionpack::sum(energy));
+            if (wide_weights_) {
+                s_->weight_scale[row] = round_to<int16_t>(weights, most, kLargest16, s_->weights[row],
+                                                          &s_->weight_zero[row]);
+            }
+            if constexpr (A::kNarrow) {
+                s_->outlier[row] = -1;
+                if (most * most * float(kTile) > kOutlier * kOutlier * s_->energy[row]) {
+                    const int at = int(std::find(weights, weights + kTile, most) - weights);
+                    s_->outlier[row] = at;
+                    s_->outlier_weight[row] = weights[at];
+                    weights[at] = 0;
+                    most = largest_magnitude(weights, kTile);
+                }
+                s_->quad_scale[row] = round_to<uint8_t>(weights, most, kLargestWeight8,
+                                                        s_->quad_weights[row], &s_->quad_zero[row]);
+            }
         }
     }
 
-    // The weights of one row, in `logits`, in 8 bits.
-    void weigh_quads(int64_t row, int padded, float most, float energy) {
-        float* weights = s_->logits[row];
-        s_->outlier[row] = -1;
-        if (most * most * float(padded) > kOutlier * kOutlier * energy) {
-            const int at = int(std::max_element(weights, weights + padded) - weights);
-            s_->outlier[row] = at;
-            s_->outlier_weight[row] = weights[at];
-            weights[at] = 0;
-            most = largest_magnitude(weights, padded);
+    // As `quantize`, for the weights of a tile; pairs of them in the order of `Scratch`.
+    template <class T>
+    static AP_INLINE float round_to(const float* weights, float most, float limit, void* to,
+                                    float* total) {
+        const float scale = std::max(most, 1e-30f) / limit;
+        const float inverse = 1.0f / scale;
+        Int sums{};
+#pragma GCC unroll 16
+        for (int t = 0; t < kTile; t += kLanes) {
+            const Int rounded = to_int(load<Float>(weights + t) * inverse);
+            sums += rounded;
+            store(static_cast<T*>(to) + t,
+                  narrowed<T>(sizeof(T) == 2 ? middle_swapped(rounded) : rounded));
         }
-        s_->quad_scale[row] = quantize<uint8_t>(weights, padded, most, kLargestWeight8,
-                                                s_->quad_weights[row], &s_->quad_zero[row]);
+        *total = attentionpack::sum(to_float(sums));
+        return scale;
     }
 
     // How many tokens of the tile this row sees.
@@ -712,106 +763,118 @@ class Attention {
     void multiply_values(int64_t m, int padded) {
         const Tile& tile = s_->tiles[m];
         const uint8_t* rows[kTile];
-        ValueWork work{m, 0, padded / A::kPerStep, 0};
+        ValueWork work{m, 0, padded / 4, 0, 0};
         for (int p = 0; p < group_.value.num_planes; ++p) {
             const Plane& plane = group_.value.planes[p];
             find_rows(tile, plane, 0, padded, rows);
-            const int64_t chunk = chunk_bytes(plane.bits);
-            const int per_chunk = vectors_per_chunk(plane.bits);
-            const int64_t turn = turn_bytes(plane.bits);
             work.zero = 0.5f * float(zero_doubled(plane.bits));
-            for (int64_t byte = 0; byte < plane.bytes; byte += turn) {
-                const int bytes = int(std::min(turn, plane.bytes - byte));
-                const int vectors = int((bytes + chunk - 1) / chunk) * per_chunk;
-                if (A::kNarrow && plane.bits == 2) {
-                    value_quads<2>(rows, byte, bytes, vectors, work);
-                } else if (A::kNarrow && plane.bits == 4) {
-                    value_quads<4>(rows, byte, bytes, vectors, work);
-                } else {
-                    unpack_values(plane.bits, rows, byte, bytes, work.steps, s_->codes);
-                    for_row_blocks([&](auto size, int64_t row) {
-                        value_columns<A, size>(work, row, vectors);
-                    });
+            const int64_t chunk = kChunkVectors * vector_bytes(plane.bits);
+            for (int64_t byte = 0; byte < plane.bytes; byte += chunk) {
+                const int bytes = int(std::min(chunk, plane.bytes - byte));
+                work.vectors = int(vectors_of(bytes, plane.bits));
+                if (plane.bits == 16)
+                    read_halves(rows, byte, bytes, work);
+                else
+                    for (int w = 0; w < work.words; ++w)
+                        interleave_bytes(rows + 4 * w, byte, bytes, s_->words + w * kChunkVectors);
+                switch (plane.bits) {
+                    case 2: value_chunk<2>(work); break;
+                    case 4: value_chunk<4>(work); break;
+                    case 8: value_blocks<A, 8>(work); break;
+                    default: if constexpr (A::kPerStep == 1) value_blocks<A, 16>(work);
                 }
-                work.lane += vectors * kLanes;
+                work.lane += work.vectors * places(int(plane.bits)) * kLanes;
             }
         }
     }
 
-    // Unpacked values of a modality for one register block.
+    // Some vectors of words of the values of a modality; each word holds four tokens. Sums begin at
+    // `lane` of a row.
     struct ValueWork {
         int64_t m, lane;
-        int steps;
+        int words, vectors;
         float zero;
     };
 
-    // Calls f(rows, first row) for blocks of rows and then for single ones; the number of rows is a
-    // constant expression.
-    template <class F>
-    AP_INLINE void for_row_blocks(F f) {
-        int64_t row = 0;
-        for (; row + kBlockRows <= piece_.rows; row += kBlockRows)
-            f(std::integral_constant<int, kBlockRows>{}, row);
-        for (; row < piece_.rows; ++row) f(std::integral_constant<int, 1>{}, row);
+    void read_halves(const uint8_t* const* rows, int64_t byte, int bytes, const ValueWork& work) {
+        for (int w = 0; w < work.words; ++w) {
+            for (int v = 0; v < work.vectors; ++v) {
+                const int at = v * 2 * kLanes;
+                Word* even = s_->words + 2 * w * kChunkVectors + v;
+                interleave_halves(rows + 4 * w, byte + at, std::min(2 * kLanes, bytes - at), even,
+                                  even + kChunkVectors);
+            }
+        }
     }
 
     template <int BITS>
-    AP_INLINE void value_quads(const uint8_t* const* rows, int64_t byte, int bytes, int vectors,
-                               const ValueWork& work) {
-        unpack_value_bytes<WeightQuads<BITS>, BITS>(rows, byte, bytes, work.steps / 2, s_->quad_codes);
-        for_row_blocks([&](auto size, int64_t row) {
-            value_columns<WeightQuads<BITS>, size>(work, row, vectors);
-        });
-        for (int64_t row = 0; row < piece_.rows; ++row)
-            if (s_->outlier[row] >= 0) add_outlier(row, vectors, work);
+    AP_INLINE void value_chunk(const ValueWork& work) {
+        if constexpr (A::kNarrow) {
+            value_blocks<WeightQuads<BITS>, BITS>(work);
+            for (int64_t row = 0; row < piece_.rows; ++row)
+                if (s_->outlier[row] >= 0) add_outlier<BITS>(row, work);
+        } else {
+            value_blocks<A, BITS>(work);
+        }
     }
 
     // Apart from the register blocks, which have no register to spare.
-    void add_outlier(int64_t row, int vectors, const ValueWork& work) {
+    template <int BITS>
+    void add_outlier(int64_t row, const ValueWork& work) {
         const int token = s_->outlier[row];
-        const Word* quads = (const Word*)s_->quad_codes + token / 4 * kValueVectors;
+        const Word* words = s_->words + token / 4 * kChunkVectors;
         float* to = sum(work.m, row) + work.lane;
-        for (int v = 0; v < vectors; ++v) {
-            const Float code = to_float(quads[v] >> (token % 4 * 8) & 0xff) - work.zero;
-            store(to + v * kLanes,
-                  load<Float>(to + v * kLanes) + code * s_->outlier_weight[row]);
+        for (int v = 0; v < work.vectors; ++v) {
+            for (int k = 0; k < places(BITS); ++k, to += kLanes) {
+                const Word codes = words[v] >> (token % 4 * 8 + BITS * k) & ((1u << BITS) - 1);
+                store(to, load<Float>(to) + (to_float(codes) - work.zero) * s_->outlier_weight[row]);
+            }
         }
     }
 
-    static void unpack_values(int64_t bits, const uint8_t* const* rows, int64_t byte, int bytes,
-                              int steps, Int* out) {
-        switch (bits) {
-            case 8: return unpack_value_bytes<A, 8>(rows, byte, bytes, steps, out);
-            case 4: return unpack_value_bytes<A, 4>(rows, byte, bytes, steps, out);
-            case 2: return unpack_value_bytes<A, 2>(rows, byte, bytes, steps, out);
-            default: return unpack_value_bytes_16(rows, byte, bytes, steps, out);
+    template <class B, int BITS>
+    AP_INLINE void value_blocks(const ValueWork& work) {
+        if constexpr (places(BITS) == 1) {
+            for_blocks<kBlockVectors>(work.vectors, [&](auto n, int64_t v) {
+                value_rows<B, BITS, 0, n>(work, int(v), v);
+            });
+        } else {
+            for (int v = 0; v < work.vectors; ++v) {
+                value_rows<B, BITS, 0, 2>(work, v, places(BITS) * v);
+                if constexpr (BITS == 2) value_rows<B, BITS, 2, 2>(work, v, places(BITS) * v + 2);
+            }
         }
     }
 
-    template <class B, int ROWS>
-    AP_INLINE void value_columns(const ValueWork& work, int64_t row, int vectors) {
-        fetch_ahead();
-        for_vector_blocks(vectors,
-                          [&](auto n, int v) { value_block<B, ROWS, n>(work, row, v); });
+    // Codes at the places from `FIRST` on of the words of vector `v`, into the sums at vector `to`.
+    template <class B, int BITS, int FIRST, int N>
+    AP_INLINE void value_rows(const ValueWork& work, int v, int64_t to) {
+        for_blocks<kBlockRows>(piece_.rows, [&](auto size, int64_t row) {
+            value_block<B, BITS, FIRST, size, N>(work, row, v, work.lane + to * kLanes);
+        });
     }
 
-    template <class B, int ROWS, int N>
-    AP_NOINLINE void value_block(const ValueWork& work, int64_t row, int v) {
+    template <class B, int BITS, int FIRST, int ROWS, int N>
+    AP_NOINLINE void value_block(const ValueWork& work, int64_t row, int v, int64_t lane) {
         constexpr bool quads = B::kPerStep == 4;
         const int32_t* weights = quads ? s_->quad_weights[row] : s_->weights[row];
-        const float* scales = quads ? s_->quad_scale : s_->weight_scale;
-        const float* zeros = quads ? s_->quad_zero : s_->weight_zero;
         typename B::Sum acc[ROWS][N];
-        multiply<B, ROWS, N>(weights, quads ? kTile / 4 : kTile,
-                             (quads ? s_->quad_codes : s_->codes) + v, kValueVectors,
-                             quads ? work.steps / 2 : work.steps, acc);
+        const int words = BITS == 16 ? 2 * work.words : work.words;
+        multiply_value_words<B, BITS, FIRST>(weights, quads ? kTile / 4 : kTile, s_->words + v, words,
+                                             fetch_ahead(words * kWordSteps<B, BITS>), acc);
+        // Copies, as in `key_block`.
+        const float* keeps = s_->keep + row;
+        const float* scales = (quads ? s_->quad_scale : s_->weight_scale) + row;
+        const float* zeros = (quads ? s_->quad_zero : s_->weight_zero) + row;
+        const float zero = work.zero;
+        const int64_t stride = lanes_;
+        float* sums = sum(work.m, row) + lane;
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) {
-            const float keep = s_->keep[row + r], scale = scales[row + r];
-            const float shift = work.zero * zeros[row + r] * scale;
+        for (int r = 0; r < ROWS; ++r, sums += stride) {
+            const float keep = keeps[r], scale = scales[r], shift = zero * zeros[r] * scale;
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) {
-                float* to = sum(work.m, row + r) + work.lane + (v + n) * kLanes;
+                float* to = sums + n * kLanes;
                 store(to, B::value(acc[r][n]) * scale + (load<Float>(to) * keep - shift));
             }
         }
@@ -823,8 +886,9 @@ class Attention {
     Scratch* s_;
     Queries queries_[2];
     int64_t lanes_;
+    bool wide_weights_ = false;  // whether values need weights of more than 8 bits
     // Bytes of this head group in a block, and how far they have been asked for.
-    int64_t first_byte_, end_byte_ = 0, ahead_bytes_;
+    int64_t first_byte_, end_byte_ = 0, ahead_step_;
     int64_t next_block_ = 0, next_byte_ = 0, last_ahead_ = 0;
 };
 

@@ -36,12 +36,10 @@ class Projection {
         for (int64_t panel = 0; panel < panels_; ++panel) {
             // A segment of a panel is small enough to stay near while all rows pass.
             for (int64_t s = 0; s < args_.segments; ++s) {
-                int64_t row = 0;
-                for (; row + kBlockRows <= rows; row += kBlockRows)
-                    add_segment<kBlockRows>(row, panel, s);
-                for (; row < rows; ++row) add_segment<1>(row, panel, s);
+                for_blocks<kBlockRows>(
+                    rows, [&](auto size, int64_t row) { add_segment<size>(row, panel, s); });
             }
-            write(first, rows, panel);
+            if (!whole(panel)) write(rows, panel);
         }
     }
 
@@ -49,27 +47,32 @@ class Projection {
     void prepare(int64_t from, int64_t row) {
         const int64_t at = batch_ * args_.x_batch + from / args_.repeats * args_.x_token +
                            from % args_.repeats * args_.x_repeat;
+        const float* x = row_;
         if (args_.bfloat16) {
-            const uint16_t* x = static_cast<const uint16_t*>(args_.x) + at;
+            const uint16_t* halves = static_cast<const uint16_t*>(args_.x) + at;
             for (int64_t i = 0; i < depth_; ++i) {
-                const uint32_t word = uint32_t(x[i]) << 16;
+                const uint32_t word = uint32_t(halves[i]) << 16;
                 std::memcpy(row_ + i, &word, 4);
             }
         } else {
-            std::memcpy(row_, static_cast<const float*>(args_.x) + at, depth_ * 4);
+            x = static_cast<const float*>(args_.x) + at;
         }
+        out_[row] = args_.out + batch_ * args_.out_batch + from / args_.repeats * args_.out_token +
+                    from % args_.repeats * args_.out_repeat;
         // Before rounding: a mean may be many times larger than what tokens differ by.
-        if (args_.shift)
-            for (int64_t i = 0; i < depth_; ++i) row_[i] -= args_.shift[i];
+        if (args_.shift) {
+            for (int64_t i = 0; i < depth_; ++i) row_[i] = x[i] - args_.shift[i];
+            x = row_;
+        }
         int32_t* out = left_ + row * steps_;
         out[steps_ - 1] = 0;  // the second number of a pair that has one
         for (int64_t s = 0; s < args_.segments; ++s) {
             const int64_t dim = args_.bounds[s], dims = args_.bounds[s + 1] - dim;
-            const float most = largest_magnitude(row_ + dim, dims);
+            const float most = largest_magnitude(x + dim, dims);
             float total;
             scale_[row * args_.segments + s] =
                 float(args_.factor) *
-                quantize<int16_t>(row_ + dim, dims, most, kLargest13, out + dim / 2, &total);
+                quantize<int16_t>(x + dim, dims, most, kLargest13, out + dim / 2, &total);
         }
     }
 
@@ -82,29 +85,42 @@ class Projection {
         const float* scale =
             args_.scale + (batch_ * args_.segments + segment) * columns + panel * kPanel;
         Int acc[ROWS][kBlockVectors];
-        multiply<Integers<false>, ROWS, kBlockVectors>(left_ + row * steps_ + step, steps_, right,
-                                                       kBlockVectors, steps, acc);
+        const int32_t* left = left_ + row * steps_ + step;
+        const int64_t left_stride = steps_;
+        clear(acc);
+        for (int i = 0; i < steps; ++i, ++left, right += kBlockVectors) {
+            Int column[kBlockVectors];
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) {
-            const float row_scale = scale_[(row + r) * args_.segments + segment];
+            for (int n = 0; n < kBlockVectors; ++n) column[n] = pinned(right[n]);
+            add_step<Integers<false>>(left, left_stride, column, acc);
+        }
+        // Copies: after a store the compiler would read anew whatever it had not copied.
+        const bool last = segment == args_.segments - 1 && whole(panel);
+        const Int before = splat(segment == 0 ? 0 : -1);
+        const int64_t segments = args_.segments;
+        const float* row_scales = scale_ + row * segments + segment;
+        float* sums = sums_ + row * kPanel;
+        float* const* outs = out_ + row;
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r, sums += kPanel) {
+            const float row_scale = row_scales[r * segments];
+            float* to = last ? outs[r] + panel * kPanel : sums;
 #pragma GCC unroll 8
             for (int n = 0; n < kBlockVectors; ++n) {
-                float* sum = sums_ + (row + r) * kPanel + n * kLanes;
-                const Float before = segment ? load<Float>(sum) : Float{};
+                const Float old = (Float)(load<Int>(sums + n * kLanes) & before);
                 const Float factor = load<Float>(scale + n * kLanes) * row_scale;
-                store(sum, before + to_float(acc[r][n]) * factor);
+                store(to + n * kLanes, old + to_float(acc[r][n]) * factor);
             }
         }
     }
 
-    void write(int64_t first, int64_t rows, int64_t panel) const {
-        const int64_t left = std::min<int64_t>(kPanel, args_.width - panel * kPanel);
-        for (int64_t row = first; row < first + rows; ++row) {
-            float* out = args_.out + batch_ * args_.out_batch +
-                         row / args_.repeats * args_.out_token +
-                         row % args_.repeats * args_.out_repeat + panel * kPanel;
-            std::memcpy(out, sums_ + (row - first) * kPanel, left * sizeof(float));
-        }
+    // Whether all columns of a panel exist: then its sums go where they belong.
+    bool whole(int64_t panel) const { return (panel + 1) * kPanel <= args_.width; }
+
+    void write(int64_t rows, int64_t panel) const {
+        for (int64_t row = 0; row < rows; ++row)
+            std::memcpy(out_[row] + panel * kPanel, sums_ + row * kPanel,
+                        (args_.width - panel * kPanel) * sizeof(float));
     }
 
     const Project& args_;
@@ -112,6 +128,7 @@ class Projection {
     float *row_, *scale_;
     int32_t* left_;  // [rows][steps], pairs of 16-bit integers
     float* sums_;    // [rows][columns of a panel]
+    float* out_[kMaxRows];
 };
 
 void project_rows(const Project& args, int64_t batch, int64_t first, int64_t rows,
