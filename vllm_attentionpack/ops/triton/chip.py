@@ -14,8 +14,8 @@ class Fit:
     (`docs/results/triton_compile.md`): no run on a GPU stands behind it yet.
 
     Attributes:
-        keys: pieces of the keys.
-        values: pieces of values that eight warps share.
+        keys: pieces of the keys where eight warps share a program.
+        values: likewise of the values.
         narrow_tile: tokens of one step of four warps.
         wide_tile: likewise of eight warps.
         sums: registers of a thread that hold sums of values, at most.

@@ -34,6 +34,21 @@ class AttendShape:
     stages: int
 
 
+@dataclass(frozen=True)
+class EncodeShape:
+    """One launch of the encoding kernel.
+
+    Attributes:
+        tokens: of one program.
+        dims: dims of keys or values in one step of a program, at most.
+        warps: warps of a program.
+    """
+
+    tokens: int
+    dims: int
+    warps: int
+
+
 def attend_shape(prepared: Prepared, query_heads: int, batch: QueryBatch) -> AttendShape:
     """Chooses the launch for a batch.
 
@@ -63,17 +78,19 @@ def attend_shape(prepared: Prepared, query_heads: int, batch: QueryBatch) -> Att
     return shape
 
 
-def encode_shape(prepared: Prepared, columns: int, tokens: int) -> tuple[int, int]:
-    """Tokens and warps of one program that encodes `tokens` new tokens into `columns`.
+def encode_shape(prepared: Prepared, columns: int, tokens: int) -> EncodeShape:
+    """Chooses the launch that encodes `tokens` new tokens into `columns`, of K or V at most.
 
     Few tokens at a time read the bases more often, from the second-level cache.
     """
     warps = 8 if columns > 384 else 4
+    # Two modalities have a loop each, and addresses in flight for both.
+    dims = 32 if warps == 8 and prepared.codec.num_modalities == 2 else 64
     if tokens <= 64 or columns > 256:
-        return 16, warps
+        return EncodeShape(16, dims, warps)
     if prepared.chip.fit.encodes_64:
-        return 64, 4 if columns <= 128 else 8
-    return (32 if columns <= 128 else 16), warps
+        return EncodeShape(64, dims, 4 if columns <= 128 else 8)
+    return EncodeShape(32 if columns <= 128 else 16, dims, warps)
 
 
 def _shared_bytes(shape: AttendShape, prepared: Prepared) -> int:

@@ -74,11 +74,11 @@ def store_kv(
     groups, modalities, dims, _ = k.basis.values.shape
     tiles = prepared.encoding_tiles
     columns = max(kind.columns for kind in tiles.values())
-    rows, warps = encode_shape(prepared, columns, tokens)
+    shape = encode_shape(prepared, columns, tokens)
     constants = tiles["key"].constants("K") | tiles["value"].constants("V")
     for unread in ("WIDTH", "FULL", "JOINED"):
         del constants[f"K_{unread}"], constants[f"V_{unread}"]
-    store_kernel[(-(-tokens // rows), groups, 2)](
+    store_kernel[(-(-tokens // shape.tokens), groups, 2)](
         key,
         value,
         kv_cache,
@@ -99,14 +99,14 @@ def store_kv(
         tokens,
         BLOCK_SIZE=block_size,
         GROUP_DIMS=dims,
-        BLOCK_DIMS=_divisor(dims, 64),
-        TOKENS=rows,
+        BLOCK_DIMS=_divisor(dims, shape.dims),
+        TOKENS=shape.tokens,
         MODALITIES=modalities,
         HAS_VISUAL=visual is not None,
         K_STEPS=k.steps,
         V_STEPS=v.steps,
         **constants,
-        num_warps=warps,
+        num_warps=shape.warps,
         num_stages=2,
     )
 

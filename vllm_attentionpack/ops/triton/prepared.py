@@ -16,7 +16,13 @@ from vllm_attentionpack.codec.layout import KINDS, Kind
 from vllm_attentionpack.codec.quantize import step_and_distortion
 from vllm_attentionpack.errors import ConfigError
 from vllm_attentionpack.ops.triton.chip import Chip, chip
-from vllm_attentionpack.ops.triton.tiles import ENCODING, KindTiles, plane_table
+from vllm_attentionpack.ops.triton.tiles import (
+    ENCODING,
+    NARROW_COLUMNS,
+    NARROW_KEYS,
+    KindTiles,
+    plane_table,
+)
 
 #: Accumulators of one program: value columns times rows of queries, float32.
 MAX_ACCUMULATORS = 1 << 15
@@ -90,10 +96,9 @@ class Prepared:
         """The operands of attention."""
         layout = self.codec.layout
         fit = self.chip.fit
-        return {
-            "key": KindTiles.of(layout, "key", fit.keys),
-            "value": KindTiles.of_values(layout, fit.values),
-        }
+        values = KindTiles.of_values(layout, fit.values)
+        keys = fit.keys if values.columns > NARROW_COLUMNS else NARROW_KEYS
+        return {"key": KindTiles.of(layout, "key", keys), "value": values}
 
     @cached_property
     def encoding_tiles(self) -> dict[Kind, KindTiles]:

@@ -40,6 +40,8 @@ class Cut:
 #: Up to this many value columns, four warps hold the sums of a program; one multiprocessor then
 #: has room for two programs.
 NARROW_COLUMNS = 256
+#: The keys beside so few. One piece at a time sits in registers.
+NARROW_KEYS = Cut(largest=32)
 #: 64 rows, which value columns are, are what the products of four warps want.
 _FOUR_WARPS = Cut(largest=64, rows=64)
 #: For head groups of so few bytes per token that most of 64 rows would be padding.
