@@ -42,10 +42,6 @@ print("differ by", len(wanted ^ {{row["key"] for row in rows}}))
 #: What breaks a rule as it stands (docs/gpu.md says why): kernel, layer, capability.
 KNOWN_FAULTS = {
     ("attend_kernel", "32/8x128 G=8 ratio 4", 90),
-    ("attend_kernel", "32/8x128 G=2 ratio 8", 90),
-    ("store_kernel", "32/8x128 G=8 ratio 8 M=2", 80),
-    ("store_kernel", "32/8x128 G=8 ratio 8 M=2", 90),
-    ("store_kernel", "32/8x128 G=8 ratio 8 M=2", 100),
 }
 TABLE = Path(__file__).parents[2] / "docs" / "results" / "triton_compile.json"
 

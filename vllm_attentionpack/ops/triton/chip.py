@@ -17,8 +17,10 @@ class Fit:
         keys: pieces of the keys where eight warps share a program.
         values: likewise of the values.
         narrow_tile: tokens of one step of four warps.
-        wide_tile: likewise of eight warps.
-        sums: registers of a thread that hold sums of values, at most.
+        wide_tile: likewise of eight warps, at most.
+        scores: of one step of eight warps at most, tokens times query rows.
+        narrow_sums: of values that a thread of four warps holds, at most.
+        wide_sums: likewise of eight warps.
         encodes_64: whether a program that encodes takes 64 of many tokens, not 16 or 32.
     """
 
@@ -26,19 +28,50 @@ class Fit:
     values: Cut
     narrow_tile: int
     wide_tile: int
-    sums: int
+    scores: int
+    narrow_sums: int
+    wide_sums: int
     encodes_64: bool
 
 
 #: `mma.sync` has 16 rows for each warp: operands of 64 value columns would leave four of eight
-#: warps to repeat what the others do, with twice the sums in registers.
-_MMA = Fit(Cut(32), Cut(64, rows=128), 64, 64, sums=80, encodes_64=False)
+#: warps to repeat what the others do, with twice the sums in registers. Every warp reads all
+#: queries, so that small pieces of them are soon out of its registers again.
+_MMA = Fit(
+    keys=Cut(largest=16),
+    values=Cut(largest=64, rows=128),
+    narrow_tile=64,
+    wide_tile=128,
+    scores=2048,
+    narrow_sums=80,
+    wide_sums=80,
+    encodes_64=False,
+)
 #: `wgmma` has 64 rows for every four warps, which tokens are among scores. Pieces of 32 bytes of
 #: values are copied to shared memory ahead; wider ones would wait their turn in registers.
-_WGMMA = Fit(Cut(64), Cut(32, rows=64), 64, 128, sums=128, encodes_64=True)
+_WGMMA = Fit(
+    keys=Cut(largest=64),
+    values=Cut(largest=32, rows=64),
+    narrow_tile=64,
+    wide_tile=128,
+    scores=8192,
+    narrow_sums=128,
+    wide_sums=128,
+    encodes_64=True,
+)
 #: `tcgen05` takes operands from tensor or shared memory: unpacked codes make a detour, and every
-#: product is waited for. Tiles of fewer than 64 tokens leave it to the values.
-_TCGEN05 = Fit(Cut(32), Cut(64, rows=64), 32, 32, sums=80, encodes_64=False)
+#: product is waited for. Tiles of fewer than 64 tokens leave it to the values, whose sums take no
+#: registers.
+_TCGEN05 = Fit(
+    keys=Cut(largest=128),
+    values=Cut(largest=64, rows=128),
+    narrow_tile=32,
+    wide_tile=32,
+    scores=8192,
+    narrow_sums=80,
+    wide_sums=128,
+    encodes_64=False,
+)
 _FITS = {9: _WGMMA, 10: _TCGEN05}
 
 

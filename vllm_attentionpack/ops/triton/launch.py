@@ -63,8 +63,11 @@ def attend_shape(prepared: Prepared, query_heads: int, batch: QueryBatch) -> Att
     # A third tile in flight makes up for the smaller ones of four warps.
     tile, warps, stages = (fit.narrow_tile, 4, 3) if narrow else (fit.wide_tile, 8, 2)
     wanted = batch.max_query_len * query_heads
-    most = min(_MOST_ROWS, _floor_power_of_two(32 * warps * fit.sums // value_columns))
+    sums = 32 * warps * (fit.narrow_sums if narrow else fit.wide_sums)
+    most = min(_MOST_ROWS, _floor_power_of_two(sums // value_columns))
     rows = max(SMALLEST_ROWS, min(most, _power_of_two(wanted)))
+    if not narrow:
+        tile = min(tile, fit.scores // rows)
     query_tiles = -(-wanted // rows)
     requests = batch.query_start_loc.shape[0] - 1
     kinds = len(prepared.codec.layout.groups) * prepared.codec.num_modalities
