@@ -81,11 +81,12 @@ def attend_shape(prepared: Prepared, query_heads: int, batch: QueryBatch) -> Att
     return shape
 
 
-def encode_shape(prepared: Prepared, columns: int, tokens: int) -> EncodeShape:
-    """Chooses the launch that encodes `tokens` new tokens into `columns`, of K or V at most.
+def encode_shape(prepared: Prepared, tokens: int) -> EncodeShape:
+    """Chooses the launch that encodes `tokens` new tokens.
 
     Few tokens at a time read the bases more often, from the second-level cache.
     """
+    columns = max(kind.columns for kind in prepared.encoding_tiles.values())
     warps = 8 if columns > 384 else 4
     # Two modalities have a loop each, and addresses in flight for both.
     dims = 32 if warps == 8 and prepared.codec.num_modalities == 2 else 64

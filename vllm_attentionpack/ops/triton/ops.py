@@ -73,8 +73,7 @@ def store_kv(
     k, v = (prepared.encoders[kind] for kind in ("key", "value"))
     groups, modalities, dims, _ = k.basis.values.shape
     tiles = prepared.encoding_tiles
-    columns = max(kind.columns for kind in tiles.values())
-    shape = encode_shape(prepared, columns, tokens)
+    shape = encode_shape(prepared, tokens)
     constants = tiles["key"].constants("K") | tiles["value"].constants("V")
     for unread in ("WIDTH", "FULL", "JOINED"):
         del constants[f"K_{unread}"], constants[f"V_{unread}"]

@@ -5,7 +5,13 @@
 // and rows are rounded to integers as attention rounds them, which doubles the products per cycle.
 #pragma once
 
-#include "attend.h"
+#include <algorithm>
+#include <cstring>
+
+#include "api.h"
+#include "kernels.h"
+#include "products.h"
+#include "vector.h"
 
 namespace attentionpack {
 namespace {
