@@ -10,6 +10,7 @@ three times as many as the repository holds, by a seed that neither calibration 
 
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from calibration_study.options import simulation_parser, started
@@ -40,6 +41,9 @@ def main() -> int:
     ):
         items = drawn_items(Path(folder)) if options.draw else setting.items(options.heldout)
         table = setting.table(items, options.heldout_tokens)
+        table.keep = partial(  # a stopped run leaves the rows that it has
+            store, options.out / f"{options.name}_codecs.json", setting, table, vars(options)
+        )
         captured = capture(
             Simulator(setting.llm, setting.shape, setting.dataset.items, options.captured_tokens)
         )
@@ -62,7 +66,6 @@ def main() -> int:
                     codecs = beside.at(ratio).codecs(table.device)
                     windowed = PackCodec(setting.shape, codecs, kept)
                     table.add(f"ours, {exact}", f"ours {ratio:g}x codes, {exact}", windowed)
-    store(options.out / f"{options.name}_codecs.json", setting, table, vars(options))
     return 0
 
 

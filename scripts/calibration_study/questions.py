@@ -11,7 +11,7 @@ import torch
 from calibration_study import codecs
 from calibration_study.refine import refined
 from calibration_study.setting import REGULARIZATION, Fitted, Setting, Table
-from calibration_study.variants import Format, VariantCodec
+from calibration_study.variants import Format, IdealCodec, VariantCodec
 from vllm_attentionpack.calibrate.assemble import KEY_PRICE, Assembler, LayerStatistics
 from vllm_attentionpack.calibrate.collector import Collector
 from vllm_attentionpack.calibrate.moments import MomentAccumulator
@@ -62,7 +62,8 @@ class Study:
     @cached_property
     def captured(self) -> list[Captured]:
         setting = self.setting
-        return capture(Simulator(setting.llm, setting.shape, setting.dataset.items))
+        limit = setting.calibration_tokens
+        return capture(Simulator(setting.llm, setting.shape, setting.dataset.items, limit))
 
     @cached_property
     def rotaries(self) -> list[Rotary]:
@@ -84,16 +85,21 @@ class Study:
         return PackCodec(self.setting.shape, assembled.codecs(self.table.device), exact)
 
     def variant(self, form: Format, bases: Any = None) -> VariantCodec:
-        assembler = self.base.assembler
-        assert self.base.sensitivity is not None
-        prices = {
-            part: price / assembler.output_energies[part[0]]
-            for part, price in self.base.sensitivity.items()
-        }
-        return VariantCodec(self.setting.shape, bases or assembler.bases, prices, self.ratio, form)
+        bases = bases or self.base.assembler.bases
+        return VariantCodec(self.setting.shape, bases, _prices(self.base), self.ratio, form)
+
+    def ideal(self, fitted: Fitted, ratio: float) -> IdealCodec:
+        return IdealCodec(self.setting.shape, fitted.assembler.bases, _prices(fitted), ratio)
 
     def add(self, question: str, name: str, codec: TokenCodec, **facts: Any) -> None:
         self.table.add(question, name, codec, **facts)
+
+
+def _prices(fitted: Fitted) -> Mapping[tuple[int, Kind], float]:
+    """Of the energy of errors in each layer's keys and values."""
+    energies = fitted.assembler.output_energies
+    assert fitted.sensitivity is not None
+    return {part: price / energies[part[0]] for part, price in fitted.sensitivity.items()}
 
 
 def groups(study: Study) -> None:
@@ -215,6 +221,26 @@ def bits(study: Study) -> None:
     }
     for name, form in forms.items():
         study.add("bits", name, study.variant(form))
+
+
+def ideal(study: Study) -> None:
+    """5b. How far the quantiser is from codes without a bound on their length, at given bits."""
+    for ratio in (4.0, study.ratio):
+        study.add("ideal", f"ours {ratio:g}x", study.codec(study.base, ratio))
+        study.add("ideal", f"ideal codes {ratio:g}x", study.ideal(study.base, ratio))
+    span = 1
+    anchored = Assembler(_anchored(study, span), study.group_size, REGULARIZATION)
+
+    def turned(codec: TokenCodec) -> codecs.AnchoredCodec:
+        return codecs.AnchoredCodec(codec, study.rotaries, span)
+
+    device = study.table.device
+    fitted = study.setting.priced(
+        anchored, lambda made: turned(PackCodec(study.setting.shape, made.codecs(device)))
+    )
+    for ratio in (4.0, study.ratio):
+        name = f"ideal codes {ratio:g}x, un-rotated keys"
+        study.add("ideal", name, turned(study.ideal(fitted, ratio)))
 
 
 def scales(study: Study) -> None:

@@ -79,6 +79,7 @@ class Table:
         self.items = items
         self.device = simulator.device
         self.rows: list[dict[str, Any]] = []
+        self.keep: Callable[[], None] | None = None
         recorded = {prompt.owner for prompt in simulator.recorded}
         self._groups = {
             name: [i for i in chosen if i in recorded]
@@ -103,6 +104,8 @@ class Table:
         for group, chosen in self._groups.items():
             row["groups"][group]["bytes_per_token"] = self.simulator.bytes_per_token(codec, chosen)
         self.rows.append(row)
+        if self.keep:
+            self.keep()
         cells = row["groups"].values()
         print(
             f"{row['ratio']:6.2f}x {name:44s}",

@@ -272,3 +272,87 @@ class _Part:
                 best_error = torch.where(better, error, best_error)
         assert best is not None
         return best
+
+
+class IdealCodec(TokenCodec):
+    """What codes of unbounded length would do at the same bits: the Gaussian test channel.
+
+    Reverse water-filling over the latents of all layers, `D = min(level / price, variance)` for
+    each dim of a modality, and of each latent `x` what the channel that reaches this distortion at
+    `log2(variance / D) / 2` bits hands on: `a x + sqrt(a D) noise`, `a = 1 - D / variance` (Cover
+    & Thomas, ch. 10.3). Variances are times the square of each token's scale, which costs nothing
+    here. No quantiser of Gaussian latents with these variances loses less in the metric that the
+    bases minimise; latents of a model are not quite Gaussian.
+
+    Args:
+        shape: of the cache.
+        bases: per layer, per head group, of keys and values.
+        prices: of the distortion of each layer's keys and values.
+        ratio: against bfloat16.
+    """
+
+    def __init__(
+        self,
+        shape: CacheShape,
+        bases: "Sequence[Sequence[dict[Kind, PrincipalBasis]]]",
+        prices: Mapping[tuple[int, Kind], float],
+        ratio: float,
+    ) -> None:
+        super().__init__(shape, shape.dense_bytes / ratio)
+        self._bases = bases
+        units = [(i, g, k) for i, of in enumerate(bases) for g in range(len(of)) for k in KINDS]
+        self._distortion: dict[tuple[int, int, Kind], Tensor] = {}
+        variances = [bases[i][g][kind].variance.clamp_min(1e-30) for i, g, kind in units]
+        weights = [prices[i, kind] for i, _, kind in units]
+        levels = [
+            _water_level(
+                np.concatenate([v[m].numpy() * w for v, w in zip(variances, weights, strict=True)]),
+                8 * shape.dense_bytes / ratio,
+            )
+            for m in range(len(variances[0]))
+        ]
+        for unit, variance, weight in zip(units, variances, weights, strict=True):
+            level = torch.tensor(levels, dtype=torch.float64)[:, None] / weight
+            self._distortion[unit] = torch.minimum(level, variance)
+
+    def reconstruct(
+        self, layer: int, key: Tensor, value: Tensor, tokens: Tokens
+    ) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(layer)
+        result = []
+        for kind, x in zip(KINDS, (key, value), strict=True):
+            groups = self._bases[layer]
+            split = x.flatten(1).chunk(len(groups), dim=1)
+            parts = [
+                self._read(basis[kind], self._distortion[layer, g, kind], part, tokens, generator)
+                for g, (basis, part) in enumerate(zip(groups, split, strict=True))
+            ]
+            result.append(torch.cat(parts, dim=1).view_as(x))
+        return result[0], result[1]
+
+    @staticmethod
+    def _read(
+        basis: PrincipalBasis, spent: Tensor, x: Tensor, tokens: Tokens, generator: torch.Generator
+    ) -> Tensor:
+        out = torch.empty_like(x)
+        which = tokens.visual.long() * (len(basis.mean) - 1)
+        for m in range(len(basis.mean)):
+            rows = which == m
+            latent = (x[rows] - basis.mean[m].float()) @ basis.encode[m].float()
+            variance = basis.variance[m].clamp_min(1e-30)
+            kept = 1 - spent[m] / variance
+            scale = (latent.square() / variance.float())[:, kept > 0].mean(1, keepdim=True).sqrt()
+            noise = torch.randn(latent.shape, generator=generator) * scale
+            read = latent * kept.float() + noise * (kept * spent[m]).sqrt().float()
+            out[rows] = basis.mean[m].float() + read @ basis.decode[m].float()
+        return out
+
+
+def _water_level(variance: np.ndarray, bits: float) -> float:
+    """The distortion of every dim that is given bits when `bits` are spent over all dims."""
+    low, high = 0.0, float(variance.max())
+    for _ in range(200):
+        level = (low + high) / 2
+        rate = np.maximum(0.5 * np.log2(variance / max(level, 1e-300)), 0).sum()
+        low, high = (level, high) if rate > bits else (low, level)
+    return high

@@ -4,87 +4,38 @@ import base64
 import json
 import re
 import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.chats import (
+    DIGIT,
+    DIGITS,
+    TEXT,
+    VISUAL,
+    about,
+    film_question,
+    image_question,
+    images_in,
+)
 from tests.support.packs import identity_pack
-from tests.support.reference import FOLDER, HELD_OUT_DATA, MODEL
+from tests.support.reference import MODEL
+from tests.support.server import NAME, Server
 from vllm_attentionpack.config import PACK_VARIABLE
 from vllm_attentionpack.packfile import Fingerprint, read_header, save_pack
 from vllm_attentionpack.serving import ServerError, serve
 
 pytestmark = pytest.mark.engine
 
-NAME = "reference-vlm"
 LAYERS = 4
 DENSE_BYTES_PER_TOKEN = 2048
 KV_CACHE_BYTES = 16 << 20
 MAX_MODEL_LEN = 2048
-MAX_ANSWER_TOKENS = 24
 #: For what the server does on its own after a request ended.
 PATIENCE = 30
-
-
-@dataclass(frozen=True)
-class Server:
-    """A running server.
-
-    Attributes:
-        url: without the `/v1`.
-        log: what it wrote so far.
-        pack: what it serves from.
-        client: of the OpenAI library.
-    """
-
-    url: str
-    log: Path
-    pack: Path
-    client: Any
-
-    def ask(self, messages: list[dict[str, Any]], **options: Any) -> Any:
-        """A greedy completion of one chat."""
-        options = {"max_tokens": MAX_ANSWER_TOKENS, "temperature": 0.0, **options}
-        return self.client.chat.completions.create(model=NAME, messages=messages, **options)
-
-    def answer(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        return self.ask(messages, **options).choices[0].message.content
-
-    def worker(self, method: str) -> Any:
-        """Calls a method of `tests.support.worker_extension.Inspection` in the only worker."""
-        (result,) = json.loads(self._post("/collective_rpc", {"method": method}))["results"]
-        return result
-
-    def forget(self) -> None:
-        """Empties the prefix cache: a cached prompt is read from codes, a new one is exact."""
-        self._post("/reset_prefix_cache", {})
-
-    def metrics(self, *names: str) -> list[float]:
-        """The sums over all label values of some metrics."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as reply:
-            text = reply.read().decode()
-        return [
-            sum(map(float, re.findall(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", text, re.M)))
-            for name in names
-        ]
-
-    def load(self) -> list[float]:
-        """Running requests, waiting requests, share of the KV cache that requests hold."""
-        return self.metrics(
-            "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"
-        )
-
-    def _post(self, path: str, body: dict[str, Any]) -> bytes:
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            return reply.read()
 
 
 @pytest.fixture(scope="module")
@@ -119,72 +70,6 @@ def log_since(request: pytest.FixtureRequest) -> Iterator[None]:
     start = log.stat().st_size
     yield
     print(log.read_bytes()[start:].decode(errors="replace")[-4000:])
-
-
-# Held-out chats, images inlined
-
-
-def data_url(path: Path, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def inlined(message: dict[str, Any]) -> dict[str, Any]:
-    if isinstance(message["content"], str):
-        return message
-    parts = [
-        {"type": "image_url", "image_url": {"url": data_url(FOLDER / part["image_url"]["url"])}}
-        if part["type"] == "image_url"
-        else part
-        for part in message["content"]
-    ]
-    return {**message, "content": parts}
-
-
-def held_out(modality: str, count: int) -> list[tuple[list[dict[str, Any]], str]]:
-    """The first `count` held-out questions of a modality with their answers."""
-    items = map(json.loads, HELD_OUT_DATA.read_text().splitlines())
-    chosen = [item for item in items if item["modality"] == modality and "answer" in item]
-    return [([inlined(m) for m in i["messages"]], i["answer"]) for i in chosen[:count]]
-
-
-def images_in(messages: list[dict[str, Any]]) -> int:
-    return json.dumps(messages).count('"image_url": {')
-
-
-def known_digits() -> dict[Path, str]:
-    """Held-out images with the digit that they show, from the questions about digits."""
-    found = {}
-    for item in map(json.loads, HELD_OUT_DATA.read_text().splitlines()):
-        if item["kind"] == "digit" and len(item["messages"]) == 1:
-            parts = item["messages"][0]["content"]
-            number = int(re.search(r"image (\d+)\?", parts[-1]["text"])[1])
-            images = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
-            found[FOLDER / images[number - 1]] = item["answer"]
-    return found
-
-
-VISUAL = held_out("visual", 20)
-TEXT = held_out("text", 20)
-DIGITS = known_digits()
-IMAGE, DIGIT = next(iter(DIGITS.items()))
-
-
-def about(*parts: dict[str, Any], question: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
-
-
-def digit_question(medium: dict[str, Any]) -> list[dict[str, Any]]:
-    return about(
-        {"type": "text", "text": "Image 1:"}, medium, question="\nWhat digit is in image 1?"
-    )
-
-
-def image_question(image: Path = IMAGE) -> list[dict[str, Any]]:
-    return digit_question({"type": "image_url", "image_url": {"url": data_url(image)}})
-
-
-def film_question(film: Path) -> list[dict[str, Any]]:
-    return digit_question({"type": "video_url", "video_url": {"url": data_url(film, "video/mp4")}})
 
 
 # Starts that must fail

@@ -18,7 +18,7 @@ pytest.importorskip("plotly")
 
 
 def cell(kl: float, accuracy: float | None) -> dict[str, float | None]:
-    return {"kl": kl, "top1": 0.9, "accuracy": accuracy}
+    return {"kl": kl, "kl_error": kl / 10, "top1": 0.9, "accuracy": accuracy, "items": 40}
 
 
 def row(name: str, family: str, ratio: float, kl: float, accuracy: float = 0.9) -> dict:
@@ -44,6 +44,7 @@ RESULT = {
         row("ours 8x", "ours", 8.0, 0.03, 0.895),
         row("ours 8x codes, 4 + 64 exact", "ours, 4 + 64 exact", 7.5, 0.02),
         row("ours 12x", "ours", 12.0, 0.2, 0.5),
+        row("ours 16x codes, 4 + 64 exact", "ours, 4 + 64 exact", 14.0, 0.2, 0.88),
     ],
 }
 
@@ -108,5 +109,7 @@ def test_goals_are_judged_by_the_rows() -> None:
     assert found["KL at 4x <= 1.1 times int8 per token-head at 1.90x", "modality=visual"] is True
     assert found["accuracy at 8x", "modality=visual"] is True
     assert found["accuracy at 12x", "modality=visual"] is None
+    assert found["KL at 8x codes, 4 + 64 exact <= a third of that without", "kind=text"] is False
+    assert found["accuracy at 16x codes, 4 + 64 exact", "modality=visual"] is False
     assert ("accuracy at 8x", "kind=text") not in found
     assert breaking_ratios(RESULT) == {"modality=visual": 12.0}

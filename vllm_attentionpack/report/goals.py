@@ -11,6 +11,8 @@ from typing import Any
 _TURBOQUANT, _INT8 = "TurboQuant 4bit", "int8 per token-head"
 #: How far above int8's a divergence may be, and how far below dense an accuracy.
 _INT8_SLACK, _ACCURACY_SLACK = 1.1, 0.01
+#: What exact tokens beside the codes may leave of the divergence.
+_EXACT_SHARE = 1 / 3
 
 Row = Mapping[str, Any]
 
@@ -24,6 +26,8 @@ class Goal:
         group: of the items.
         value: what was measured.
         bound: what it may be.
+        error: standard error of a measured divergence, over items; None for accuracy.
+        items: how many were measured.
         passed: None where the goal is to report.
     """
 
@@ -31,6 +35,8 @@ class Goal:
     group: str
     value: float
     bound: float
+    error: float | None
+    items: int
     passed: bool | None
 
 
@@ -46,11 +52,15 @@ def goals(result: Mapping[str, Any]) -> list[Goal]:
         if codes == 8:
             name = f"KL at 8x{kind} <= {_TURBOQUANT} at {rows[_TURBOQUANT]['ratio']:.2f}x"
             found += _bounded(name, row, rows[_TURBOQUANT], 1.0)
+        if codes == 8 and kind and "ours 8x" in rows:
+            name = f"KL at 8x{kind} <= a third of that without"
+            found += _bounded(name, row, rows["ours 8x"], _EXACT_SHARE)
         if codes == 4:
             name = f"KL at 4x{kind} <= 1.1 times {_INT8} at {rows[_INT8]['ratio']:.2f}x"
             found += _bounded(name, row, rows[_INT8], _INT8_SLACK)
-        if codes in (8, 12):
-            found += _accuracy(f"accuracy at {codes:g}x{kind}", row, result["dense"], codes == 8)
+        if codes in (8, 12) or (codes == 16 and kind):
+            name = f"accuracy at {codes:g}x{kind}"
+            found += _accuracy(name, row, result["dense"], judged=codes != 12)
     return found
 
 
@@ -75,7 +85,8 @@ def breaking_ratios(result: Mapping[str, Any]) -> dict[str, float | None]:
 def _bounded(text: str, row: Row, other: Row, slack: float) -> Iterator[Goal]:
     for group, cell in row["groups"].items():
         bound = slack * other["groups"][group]["kl"]
-        yield Goal(text, group, cell["kl"], bound, cell["kl"] <= bound)
+        passed = cell["kl"] <= bound
+        yield Goal(text, group, cell["kl"], bound, cell["kl_error"], cell["items"], passed)
 
 
 def _accuracy(text: str, row: Row, dense: Row, judged: bool) -> Iterator[Goal]:
@@ -84,4 +95,4 @@ def _accuracy(text: str, row: Row, dense: Row, judged: bool) -> Iterator[Goal]:
             continue
         bound = dense[group]["accuracy"] - _ACCURACY_SLACK
         passed = cell["accuracy"] >= bound if judged else None
-        yield Goal(text, group, cell["accuracy"], bound, passed)
+        yield Goal(text, group, cell["accuracy"], bound, None, cell["items"], passed)

@@ -103,14 +103,16 @@ def _codecs(result: dict[str, Any]) -> str:
         f"heads x {subject['head_size']}, {subject['mean_context']:.0f} tokens per prompt on "
         f"average; dense accuracy {dense}. {result['note']} vLLM {machine['vllm']}, float32.",
         "",
-        "| goal | kind | measured | bound | |",
+        "| goal | kind, items | measured | bound | |",
         "|---|---|---|---|---|",
     ]
     verdicts = {True: "met", False: "**missed**", None: "reported"}
     for goal in goals(result):
         form = "{:.1%}" if goal.text.startswith("accuracy") else "{:.5f}"
         value, bound = form.format(goal.value), form.format(goal.bound)
-        kind = goal.group.partition("=")[2]
+        if goal.error is not None:
+            value += f" ± {goal.error:.5f}"
+        kind = f"{goal.group.partition('=')[2]}, {goal.items}"
         lines.append(f"| {goal.text} | {kind} | {value} | {bound} | {verdicts[goal.passed]} |")
     for group, ratio in breaking_ratios(result).items():
         where = "nowhere up to the last ratio" if ratio is None else f"at {ratio:.2f}x"
