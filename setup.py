@@ -25,6 +25,7 @@ setup(
                     "kernels.h",
                     "vector.h",
                     "attend.h",
+                    "exact.h",
                     "products.h",
                     "project.h",
                     "store.h",

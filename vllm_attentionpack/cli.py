@@ -92,7 +92,7 @@ def calibrate(
         int | None, typer.Option(help="First tokens to keep exact. [default: 4]")
     ] = None,
     window: Annotated[
-        int | None, typer.Option(help="Last tokens to keep exact. [default: 32]")
+        int | None, typer.Option(help="Last tokens to keep exact. [default: 64]")
     ] = None,
     output: Annotated[
         Path | None,
@@ -269,6 +269,8 @@ def bench_engine(
     new_tokens: Annotated[int, typer.Option(help="Decoded per request.")] = 16,
     ratio: Annotated[float, typer.Option(help="Compression.")] = 8.0,
     group: Annotated[int, typer.Option(help="KV heads coded jointly.")] = 2,
+    sinks: Annotated[int, typer.Option(help="First tokens that stay exact.")] = 4,
+    window: Annotated[int, typer.Option(help="Last tokens that stay exact.")] = 64,
 ) -> None:
     """vLLM from end to end, dense and compacted, on a model with random weights."""
     _check_device(device)
@@ -283,6 +285,8 @@ def bench_engine(
         new_tokens=new_tokens,
         ratio=ratio,
         group=group,
+        sinks=sinks,
+        window=window,
     )
     print_engine(setup, json)
 

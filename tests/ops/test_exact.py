@@ -5,11 +5,13 @@ import torch
 from torch import Tensor
 
 from tests.support.cases import random_codec
+from tests.support.cpu import INSTRUCTION_SETS, instruction_set, threads
 from tests.support.oracle import attend
 from tests.support.paging import PagedBatch, attend_codes, paged_batch
 from vllm_attentionpack.ops import (
     ExactTokens,
-    exact_attention,
+    QueryBatch,
+    cpu,
     fresh_attention,
     locate_exact,
     merge_attention,
@@ -65,7 +67,16 @@ def expected_tokens(case: PagedBatch, table: Tensor, row: int, sinks: int, windo
 def assert_close(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
     scale = want[0].abs().max().item()
     assert (got[0] - want[0]).abs().max().item() < 2e-5 * scale + 1e-5
-    assert (got[1] - want[1]).abs().max().item() < 1e-4
+    torch.testing.assert_close(got[1], want[1].float(), atol=1e-4, rtol=0)
+
+
+@pytest.fixture(params=["reference", *INSTRUCTION_SETS])
+def exact_attention(request):
+    if request.param == "reference":
+        yield reference.exact_attention
+    else:
+        with instruction_set(request.param):
+            yield cpu.exact_attention
 
 
 MISSING = {7: {0}, 8: {15, 16}, 6: {8}}
@@ -73,7 +84,7 @@ MISSING = {7: {0}, 8: {15, 16}, 6: {8}}
 
 @pytest.mark.parametrize(("sinks", "window"), [(4, 8), (0, 5), (3, 0), (6, 1), (1, 100), (40, 40)])
 @pytest.mark.parametrize("missing", [{}, MISSING])
-def test_each_token_is_read_once(sinks, window, missing):
+def test_each_token_is_read_once(exact_attention, sinks, window, missing):
     """New tokens exact, of the context sinks and window: one softmax over all."""
     codec = random_codec(2, 2, 32)
     case = paged_batch(codec, 4, CONTEXTS, FRESH, 16)
@@ -95,7 +106,7 @@ def test_each_token_is_read_once(sinks, window, missing):
 
 
 @pytest.mark.parametrize(("sinks", "window"), [(4, 8), (0, 5), (3, 0), (2, 1), (1, 100)])
-def test_new_tokens_as_later_ones_see_them(sinks, window):
+def test_new_tokens_as_later_ones_see_them(exact_attention, sinks, window):
     """Each query has its own window among the new tokens; older ones are codes already."""
     codec = random_codec(2, 2, 32)
     case = paged_batch(codec, 4, CONTEXTS, FRESH, 16)
@@ -130,7 +141,7 @@ def test_new_tokens_as_later_ones_see_them(sinks, window):
     assert_close(got, attend(codec, case, SCALE, exact))
 
 
-def test_nothing_cached():
+def test_nothing_cached(exact_attention):
     case = paged_batch(random_codec(2, 1, 32), 4, [0, 0], [2, 1], 16)
     table = torch.zeros(2, 1, dtype=torch.int32)
     tokens = locate_exact(table, case.context_lens, BLOCK, 4, 8)
@@ -171,3 +182,56 @@ def test_store_keeps_every_bit(dtype):
     assert written[1:].sum() == 2, "padding and null slots touch the null block only"
     pages.zero_()
     assert not storage.any()
+
+
+def strided_pages(blocks: int, heads: int, dims: int, dtype: torch.dtype) -> Tensor:
+    """One layer's part of pages that hold three layers side by side; normal numbers."""
+    pages = torch.randn(blocks, BLOCK, 3, 2, heads, dims).to(dtype)
+    return pages[:, :, 1]
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "repeats", "dims"), [(2, 4, 128), (1, 9, 80), (3, 1, 20), (8, 2, 64), (1, 71, 8)]
+)
+def test_compiled_kernels_agree_with_the_reference(isa, dtype, heads, repeats, dims):
+    """Decoding and chunks together, more queries than a piece takes, absent tokens that are NaN."""
+    torch.manual_seed(0)
+    fresh = [1, 1, 40, 0, 1, 3]
+    starts = [0, *torch.tensor(fresh).cumsum(0).tolist()]
+    batch = QueryBatch.build(starts, [200] * len(fresh), torch.device("cpu"))
+    pages = strided_pages(60, heads, dims, dtype)
+    slots = torch.randperm(60 * BLOCK)[: len(fresh) * 37].view(len(fresh), 37)
+    present = torch.rand(slots.shape) < 0.7
+    present[1], present[4, 1:] = False, False
+    absent = slots[~present]
+    pages[absent // BLOCK, absent % BLOCK] = torch.nan
+    none = torch.zeros(len(fresh), dtype=torch.int64)
+    tokens = ExactTokens(slots, present, none, none, 4)
+    # not contiguous: as a slice of a joint projection
+    query = torch.randn(starts[-1], heads * (repeats + 2), dims).to(dtype)[:, : heads * repeats]
+    want = reference.exact_attention(query, pages, tokens, batch, SCALE)
+    for count in (1, 2):
+        with instruction_set(isa), threads(count):
+            assert_close(cpu.exact_attention(query, pages, tokens, batch, SCALE), want)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_number_of_16_bits_is_read_as_it_is(isa, dtype):
+    """One exact token, whose value is then the result; but for infinities and no numbers."""
+    values = torch.arange(1 << 16).to(torch.uint16).view(torch.int16).view(dtype)
+    values = torch.where(values.float().isfinite(), values, 0).view(-1, 256)
+    pages = torch.zeros(len(values), 1, 2, 1, 256, dtype=dtype)
+    pages[:, 0, 1, 0] = values
+    requests = len(values)
+    starts = list(range(requests + 1))
+    batch = QueryBatch.build(starts, [2] * requests, torch.device("cpu"))
+    none = torch.zeros(requests, dtype=torch.int64)
+    slots = torch.arange(requests)[:, None]
+    tokens = ExactTokens(slots, torch.ones_like(slots, dtype=torch.bool), none, none, 1)
+    with instruction_set(isa):
+        query = torch.zeros(requests, 1, 256, dtype=dtype)
+        out, _ = cpu.exact_attention(query, pages, tokens, batch, 1.0)
+    assert torch.equal(out[:, 0], values.float())

@@ -136,7 +136,7 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
     ) -> Tensor:
         attend = self._fresh_exactly if self.state.config.exact_prefill else self._fresh_as_codes
         parts = attend(fresh, kv_cache, metadata, exact)
-        return parts[0][0] if len(parts) == 1 else ops.merge_attention(*parts)[0]
+        return parts[0][0] if len(parts) == 1 else self.state.ops.merge_attention(*parts)[0]
 
     def _attend_densely(
         self,
@@ -178,9 +178,7 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
         starts, stops = None, metadata.context_lens
         if exact is not None:
             starts, stops = exact.tokens.starts, exact.tokens.stops
-            parts.append(
-                ops.exact_attention(fresh.query, exact.pages, exact.tokens, batch, self.scale)
-            )
+            parts.append(self._exactly(fresh.query, exact, batch))
         parts.append(self._codes(fresh.query, kv_cache, metadata, starts, stops, causal=False))
         return parts
 
@@ -214,7 +212,7 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
         if metadata.has_context:
             tokens = exact.tokens
             parts += [
-                ops.exact_attention(fresh.query, exact.pages, tokens, batch, self.scale),
+                self._exactly(fresh.query, exact, batch),
                 self._codes(
                     fresh.query, kv_cache, metadata, tokens.starts, tokens.stops, causal=False
                 ),
@@ -244,6 +242,9 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
             causal,
         )
         return compute.up_project(attended, self.codec), attended.lse
+
+    def _exactly(self, query: Tensor, exact: "_ExactCache", batch: ops.QueryBatch) -> Part:
+        return self.state.ops.exact_attention(query, exact.pages, exact.tokens, batch, self.scale)
 
     def _exact_cache(self, layer: AttentionLayer) -> "_ExactCache | None":
         """The layer's exact cache in this step; None without one."""

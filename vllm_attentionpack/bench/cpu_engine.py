@@ -20,6 +20,7 @@ import numpy as np
 
 from vllm_attentionpack import plugin
 from vllm_attentionpack.bench.synthetic import save_dummy_model, synthetic_pack
+from vllm_attentionpack.calibrate.settings import DEFAULT_SINKS, DEFAULT_WINDOW
 from vllm_attentionpack.config import SECTION
 from vllm_attentionpack.engine import shut_down
 from vllm_attentionpack.packfile import save_pack
@@ -36,6 +37,8 @@ class Setup:
         context: tokens of a prompt that all share; one follows.
         batch: requests at a time.
         new_tokens: decoded per request.
+        sinks: first tokens of a request that stay exact.
+        window: its last tokens that do.
         repeats: runs of decoding.
         length: tokens of a request at its end.
         kv_bytes: bytes of KV cache of each engine; holds the batch densely.
@@ -51,6 +54,8 @@ class Setup:
     context: int = 8192
     batch: int = 8
     new_tokens: int = 16
+    sinks: int = DEFAULT_SINKS
+    window: int = DEFAULT_WINDOW
     repeats: int = 3
 
     @property
@@ -133,7 +138,8 @@ def _run(model: Path, setup: Setup, pack: Path | None, new_pack: Path) -> Figure
     }
     if pack is not None:
         arguments["attention_backend"] = plugin.BACKEND
-        arguments["additional_config"] = {SECTION: {"pack": str(pack)}}
+        section = {"pack": str(pack), "sinks": setup.sinks, "window": setup.window}
+        arguments["additional_config"] = {SECTION: section}
     llm = LLM(**arguments)
     try:
         if pack is None:

@@ -16,6 +16,8 @@ from vllm_attentionpack.codec.codec import LayerCodec, PlaneCodec
 from vllm_attentionpack.codec.layout import KINDS, Kind, LayerLayout, Plane
 from vllm_attentionpack.codec.quantize import decode_scale, encode_scale, pack_codes, unpack_codes
 from vllm_attentionpack.ops.batch import QueryBatch, Segment
+from vllm_attentionpack.ops.exact import exact_attention as exact_attention
+from vllm_attentionpack.ops.fresh import merge_attention as merge_attention
 
 #: Bytes of float32 latents that one tile of context may unpack to.
 _TILE_BYTES = 1 << 25

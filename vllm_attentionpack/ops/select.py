@@ -9,6 +9,7 @@ from torch import Tensor
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.errors import ConfigError
 from vllm_attentionpack.ops.batch import QueryBatch
+from vllm_attentionpack.ops.exact import ExactTokens
 from vllm_attentionpack.ops.reference import AbsorbedQuery, AttendedLatent
 
 #: Implementations by name, the fastest first; each module has the functions of `Ops`.
@@ -21,7 +22,7 @@ AUTO = "auto"
 
 
 class Ops(Protocol):
-    """Compute on compacted pages; `ops.reference` documents shapes, dtypes and meaning."""
+    """Compute on pages; `ops.reference`, `.exact`, `.fresh` document shapes, dtypes, meaning."""
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this implementation cannot run on `device` here; None if it can."""
@@ -63,6 +64,12 @@ class Ops(Protocol):
     ) -> AttendedLatent: ...
 
     def up_project(self, attended: AttendedLatent, codec: LayerCodec) -> Tensor: ...
+
+    def exact_attention(
+        self, query: Tensor, pages: Tensor, tokens: ExactTokens, batch: QueryBatch, scale: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def merge_attention(self, *parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]: ...
 
 
 def select_ops(wanted: str, device: torch.device) -> tuple[str, Ops, dict[str, str]]:

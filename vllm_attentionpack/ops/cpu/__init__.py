@@ -15,6 +15,8 @@ from vllm_attentionpack.codec.layout import KINDS
 from vllm_attentionpack.ops.batch import QueryBatch
 from vllm_attentionpack.ops.cpu import library
 from vllm_attentionpack.ops.cpu.plan import CpuPlan, EncodeTables, plan_of
+from vllm_attentionpack.ops.exact import ExactTokens
+from vllm_attentionpack.ops.fresh import merge_attention as merge_attention
 
 #: Of the numbers that codes are multiplied with, so that the error stays near that of the model's
 #: own dtype: floats, 16-bit integers, or 8-bit ones for the codes of 2 bits and 16-bit ones else.
@@ -200,6 +202,18 @@ def up_project(attended: CpuAttended, codec: LayerCodec) -> Tensor:
     for up, part, latent in zip(plan.up, groups, attended.latent, strict=True):
         up.into(part, latent)
     return out.flatten(1, 2)
+
+
+def exact_attention(
+    query: Tensor, pages: Tensor, tokens: ExactTokens, batch: QueryBatch, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See `ops.exact.exact_attention`."""
+    if query.stride(2) != 1:
+        query = query.contiguous()
+    out, lse = library.exact(
+        query, pages, tokens.slots, tokens.present, batch.query_start_loc, scale
+    )
+    return out, lse
 
 
 def _plan(codec: LayerCodec, dtype: torch.dtype) -> CpuPlan:

@@ -66,6 +66,22 @@ class _Unpack(ctypes.Structure):
     )
 
 
+class _Exact(ctypes.Structure):
+    _fields_ = (
+        *((name, _INT) for name in ("threads", "num_requests", "most")),
+        *((name, _INT) for name in ("kv_heads", "repeats", "head_size", "type")),
+        *((name, _INT) for name in ("block_size", "block_stride", "token_stride", "side_stride")),
+        *((name, _INT) for name in ("head_stride", "query_token", "query_head")),
+        ("scale", ctypes.c_double),
+        *((name, _POINTER) for name in ("query", "pages", "slots", "present")),
+        *((name, _POINTER) for name in ("query_start_loc", "out", "lse")),
+    )
+
+
+#: `Exact::Type` of csrc/api.h.
+_EXACT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
 @dataclass(frozen=True)
 class Kernels:
     """The kernels of one instruction set.
@@ -103,7 +119,8 @@ def _load() -> ctypes.CDLL | str:
     library.ap_name.argtypes = (_POINTER,)
     library.ap_lanes.restype = _INT
     library.ap_lanes.argtypes = (_POINTER,)
-    for run in (library.ap_attend, library.ap_store, library.ap_project, library.ap_unpack):
+    for name in ("attend", "store", "project", "unpack", "exact"):
+        run = getattr(library, f"ap_{name}")
         run.restype = None
         run.argtypes = (_POINTER, _POINTER)
     return library
@@ -146,6 +163,10 @@ _LIBRARY.define(
 _LIBRARY.define(
     "cpu_unpack(Tensor kv_cache, Tensor blocks, Tensor layout, int rank, int tokens, "
     "int block_size, bool bfloat16) -> Tensor[]"
+)
+_LIBRARY.define(
+    "cpu_exact(Tensor query, Tensor pages, Tensor slots, Tensor present, Tensor query_start_loc, "
+    "float scale) -> Tensor[]"
 )
 
 
@@ -367,6 +388,68 @@ def _unpack_fake(
     return [latent, kv_cache.new_empty(tokens, dtype=torch.bool)]
 
 
+def _exact(
+    query: Tensor,
+    pages: Tensor,
+    slots: Tensor,
+    present: Tensor,
+    query_start_loc: Tensor,
+    scale: float,
+) -> list[Tensor]:
+    """Attention to exact cached tokens.
+
+    Args:
+        query: `[T, Hq, D]`, heads contiguous.
+        pages: `[num_blocks, S, 2, Hk, D]` of the same dtype, heads contiguous.
+        slots: int64 `[B, n]`.
+        present: bool `[B, n]`.
+        query_start_loc: int32 `[B + 1]`.
+
+    Returns:
+        float32 `[T, Hq, D]` and the log-sum-exp `[T, Hq]`.
+    """
+    chosen = kernels()
+    results = _exact_fake(query, pages, slots, present, query_start_loc, scale)
+    slots, present = slots.contiguous(), present.contiguous()
+    query_start_loc = query_start_loc.contiguous()
+    _, block_size, _, kv_heads, head_size = pages.shape
+    args = _Exact(
+        torch.get_num_threads(),
+        slots.shape[0],
+        slots.shape[1],
+        kv_heads,
+        query.shape[1] // kv_heads,
+        head_size,
+        _EXACT_TYPES[query.dtype],
+        block_size,
+        *pages.stride()[:4],
+        *query.stride()[:2],
+        scale,
+        query.data_ptr(),
+        pages.data_ptr(),
+        slots.data_ptr(),
+        present.data_ptr(),
+        query_start_loc.data_ptr(),
+        *(result.data_ptr() for result in results),
+    )
+    chosen.library.ap_exact(chosen.handle, ctypes.addressof(args))
+    return results
+
+
+def _exact_fake(
+    query: Tensor,
+    pages: Tensor,
+    slots: Tensor,
+    present: Tensor,
+    query_start_loc: Tensor,
+    scale: float,
+) -> list[Tensor]:
+    return [
+        query.new_empty(query.shape, dtype=torch.float32),
+        query.new_empty(query.shape[:2], dtype=torch.float32),
+    ]
+
+
 def _mutates_only(*_: object) -> None:
     return None
 
@@ -375,12 +458,15 @@ _LIBRARY.impl("cpu_attend", _attend, "CPU")
 _LIBRARY.impl("cpu_store", _store, "CPU")
 _LIBRARY.impl("cpu_project", _project, "CPU")
 _LIBRARY.impl("cpu_unpack", _unpack, "CPU")
+_LIBRARY.impl("cpu_exact", _exact, "CPU")
 torch.library.register_fake("attentionpack::cpu_attend", _attend_fake, lib=_LIBRARY)
 torch.library.register_fake("attentionpack::cpu_store", _mutates_only, lib=_LIBRARY)
 torch.library.register_fake("attentionpack::cpu_project", _mutates_only, lib=_LIBRARY)
 torch.library.register_fake("attentionpack::cpu_unpack", _unpack_fake, lib=_LIBRARY)
+torch.library.register_fake("attentionpack::cpu_exact", _exact_fake, lib=_LIBRARY)
 
 attend = torch.ops.attentionpack.cpu_attend.default
 store = torch.ops.attentionpack.cpu_store.default
 project = torch.ops.attentionpack.cpu_project.default
 unpack = torch.ops.attentionpack.cpu_unpack.default
+exact = torch.ops.attentionpack.cpu_exact.default

@@ -73,6 +73,25 @@ struct Unpack {
     uint8_t* visual;        // [tokens]
 };
 
+// Attention of new tokens to exact cached ones. Strides count elements; a head's are adjacent.
+struct Exact {
+    enum Type : int64_t { kBFloat16, kFloat16, kFloat32 };
+    int64_t threads, num_requests;
+    int64_t most;  // exact tokens of a request, at most
+    int64_t kv_heads, repeats, head_size;
+    int64_t type;  // of queries and pages
+    int64_t block_size, block_stride, token_stride, side_stride, head_stride;
+    int64_t query_token, query_head;
+    double scale;
+    const void* query;
+    const void* pages;
+    const int64_t* slots;            // [B, most]
+    const uint8_t* present;          // [B, most]
+    const int32_t* query_start_loc;  // [B + 1]
+    float* out;                      // [T, Hq, D]
+    float* lse;                      // [T, Hq]
+};
+
 struct Store {
     int64_t threads, tokens, rank, block_size, block_bytes;
     int64_t modalities;

@@ -281,6 +281,22 @@ void ap_unpack(const void* chosen, const Unpack* args) {
     });
 }
 
+void ap_exact(const void* chosen, const Exact* args) {
+    const Kernels& kernels = *static_cast<const Kernels*>(chosen);
+    const int64_t step = std::max<int64_t>(1, kMaxRows / args->repeats);  // queries of a piece
+    std::vector<ExactPiece> pieces;
+    for (int64_t request = 0; request < args->num_requests; ++request) {
+        const int64_t stop = args->query_start_loc[request + 1];
+        for (int64_t from = args->query_start_loc[request]; from < stop; from += step)
+            for (int64_t head = 0; head < args->kv_heads; ++head)
+                pieces.push_back({request, head, from, std::min(step, stop - from)});
+    }
+    const int64_t memory = kernels.exact_memory(*args, step * args->repeats);
+    parallel(args->threads, int64_t(pieces.size()), [&](int64_t i) {
+        kernels.exact(*args, pieces[i], thread_memory(memory));
+    });
+}
+
 void ap_project(const void* chosen, const Project* args) {
     const Kernels& kernels = *static_cast<const Kernels*>(chosen);
     const int64_t rows = args->tokens * args->repeats;

@@ -39,6 +39,12 @@ struct Piece {
     }
 };
 
+// Some queries of one request against its exact tokens, by the query heads of one KV head.
+struct ExactPiece {
+    int64_t request, head;
+    int64_t first_token, queries;  // in the step
+};
+
 // One instruction set.
 struct Kernels {
     const char* name;
@@ -50,6 +56,8 @@ struct Kernels {
     void (*project)(const Project&, int64_t batch, int64_t first_row, int64_t rows, uint8_t* memory);
     int64_t (*project_memory)(const Project&, int64_t rows);
     void (*unpack)(const Unpack&, int64_t token);
+    void (*exact)(const Exact&, const ExactPiece&, uint8_t* memory);
+    int64_t (*exact_memory)(const Exact&, int64_t rows);
 };
 
 extern const Kernels kScalarKernels;
