@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from vllm_attentionpack.bench.shapes import LayerShape
+from vllm_attentionpack.calibrate.settings import DEFAULT_SINKS, DEFAULT_WINDOW
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.ops import QueryBatch
 from vllm_attentionpack.ops import triton as ops
+from vllm_attentionpack.ops.exact import ExactTokens
 from vllm_attentionpack.ops.triton import prepared
 from vllm_attentionpack.ops.triton.chip import Chip
 
@@ -36,10 +38,13 @@ _MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA")
 _MULTIPROCESSORS = 132
 _KERNELS = {
     "attend": "attend_kernel",
+    "exact": ("exact_kernel", "join_kernel"),
     "merge": "merge_kernel",
     "project": ("absorb_kernel", "up_project_kernel"),
     "store": "store_kernel",
 }
+#: Tokens of a block of the exact cache (`kv_cache.pages`).
+_EXACT_BLOCK = 8
 _POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -189,6 +194,8 @@ def launches(case: Case, capability: int) -> list[Launch]:
     query = torch.empty(tokens, layer.query_heads, layer.head_size, dtype=case.dtype)
     key = torch.empty(tokens, layer.kv_heads, layer.head_size, dtype=case.dtype)
     slots = torch.empty(tokens, dtype=torch.int64)
+    pages = torch.empty(1, _EXACT_BLOCK, 2, *key.shape[1:], dtype=case.dtype)
+    tokens_kept = ExactTokens.empty(case.requests, DEFAULT_SINKS, DEFAULT_WINDOW, device)
     visual = torch.zeros(tokens, dtype=torch.bool) if layer.modalities == 2 else None
     starts = torch.zeros_like(lens) if case.ranges else None
     with _recording(Chip(_MULTIPROCESSORS, SHARED_LIMIT[capability], capability // 10)) as recorded:
@@ -197,7 +204,9 @@ def launches(case: Case, capability: int) -> list[Launch]:
         attended = ops.paged_attention(
             absorbed, cache, table, starts, lens, batch, codec, case.block_size, case.causal
         )
-        ops.up_project(attended, codec)
+        codes = ops.up_project(attended, codec), attended.lse
+        exact = ops.exact_attention(query, pages, tokens_kept, batch, 1.0)
+        ops.merge_attention((query, codes[1]), exact, codes)
     return recorded
 
 

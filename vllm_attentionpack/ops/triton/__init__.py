@@ -7,11 +7,13 @@ all of it can be captured in CUDA graphs; tensors that a call returns come from 
 which gives a graph its own pool.
 """
 
-from vllm_attentionpack.ops.reference import decompress, exact_attention, merge_attention
+from vllm_attentionpack.ops.reference import decompress
 from vllm_attentionpack.ops.triton.ops import (
     PackedLatent,
     PackedQuery,
     absorb_query,
+    exact_attention,
+    merge_attention,
     paged_attention,
     store_kv,
     unavailable,

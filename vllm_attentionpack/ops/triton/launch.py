@@ -49,6 +49,21 @@ class EncodeShape:
     warps: int
 
 
+@dataclass(frozen=True)
+class ExactShape:
+    """One launch of attention to exact tokens.
+
+    Attributes:
+        rows: (new token, query head) pairs of one program.
+        tile: exact tokens of one step.
+        dims: of a head, rounded up to a power of two.
+    """
+
+    rows: int
+    tile: int
+    dims: int
+
+
 def attend_shape(prepared: Prepared, query_heads: int, batch: QueryBatch) -> AttendShape:
     """Chooses the launch for a batch.
 
@@ -65,7 +80,7 @@ def attend_shape(prepared: Prepared, query_heads: int, batch: QueryBatch) -> Att
     wanted = batch.max_query_len * query_heads
     sums = 32 * warps * (fit.narrow_sums if narrow else fit.wide_sums)
     most = min(_MOST_ROWS, _floor_power_of_two(sums // value_columns))
-    rows = max(SMALLEST_ROWS, min(most, _power_of_two(wanted)))
+    rows = max(SMALLEST_ROWS, min(most, power_of_two(wanted)))
     if not narrow:
         tile = min(tile, fit.scores // rows)
     query_tiles = -(-wanted // rows)
@@ -97,6 +112,13 @@ def encode_shape(prepared: Prepared, tokens: int) -> EncodeShape:
     return EncodeShape(32 if columns <= 128 else 16, dims, warps)
 
 
+def exact_shape(head_size: int, wanted: int) -> ExactShape:
+    """Chooses the launch of attention to exact tokens for `wanted` rows of a request and head."""
+    dims = max(16, power_of_two(head_size))
+    most = 64 if dims <= 128 else 32  # of sums `rows * dims` a thread has a share
+    return ExactShape(max(16, min(most, power_of_two(wanted))), 64 if dims <= 128 else 32, dims)
+
+
 def _shared_bytes(shape: AttendShape, prepared: Prepared) -> int:
     """About what Triton takes: queries, codes in flight, an operand of values and the weights."""
     keys, values = prepared.tiles["key"], prepared.tiles["value"]
@@ -106,7 +128,8 @@ def _shared_bytes(shape: AttendShape, prepared: Prepared) -> int:
     return 2 * shape.rows * keys.columns + shape.tile * token
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
+    """The smallest at or above `n`."""
     return 1 << max(0, n - 1).bit_length()
 
 

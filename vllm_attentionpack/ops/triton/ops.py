@@ -1,5 +1,6 @@
 """Host side of the kernels; `ops.reference` documents arguments, results and meaning."""
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -8,7 +9,13 @@ from torch import Tensor
 
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.ops.batch import QueryBatch
-from vllm_attentionpack.ops.triton.launch import attend_shape, encode_shape
+from vllm_attentionpack.ops.exact import ExactTokens
+from vllm_attentionpack.ops.triton.launch import (
+    attend_shape,
+    encode_shape,
+    exact_shape,
+    power_of_two,
+)
 from vllm_attentionpack.ops.triton.prepared import prepare
 
 
@@ -272,6 +279,76 @@ def up_project(attended: PackedLatent, codec: LayerCodec) -> Tensor:
             num_warps=4,
         )
     return out
+
+
+def exact_attention(
+    query: Tensor, pages: Tensor, tokens: ExactTokens, batch: QueryBatch, scale: float
+) -> tuple[Tensor, Tensor]:
+    from vllm_attentionpack.ops.triton.exact import exact_kernel
+
+    new, query_heads, head_size = query.shape
+    _, block_size, _, kv_heads, _ = pages.shape
+    most = tokens.slots.shape[1]
+    out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+    lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+    if not new:
+        return out, lse
+    if query.stride(2) != 1:
+        query = query.contiguous()
+    repeats = query_heads // kv_heads
+    shape = exact_shape(head_size, batch.max_query_len * repeats)
+    query_tiles = -(-batch.max_query_len * repeats // shape.rows)
+    requests = batch.query_start_loc.shape[0] - 1
+    exact_kernel[(requests * query_tiles, kv_heads)](
+        query,
+        pages,
+        tokens.slots,
+        tokens.present.view(torch.uint8),
+        batch.query_start_loc,
+        out,
+        lse,
+        *query.stride()[:2],
+        *pages.stride()[:4],
+        scale * math.log2(math.e),
+        query_tiles,
+        MOST=most,
+        REPEATS=repeats,
+        KV_HEADS=kv_heads,
+        HEAD_SIZE=head_size,
+        DIMS=shape.dims,
+        BLOCK_SIZE=block_size,
+        ROWS=shape.rows,
+        TILE=shape.tile,
+        num_warps=4,
+    )
+    return out, lse
+
+
+def merge_attention(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    from vllm_attentionpack.ops.triton.exact import join_kernel
+
+    first = parts[0][1]
+    out = torch.empty(parts[0][0].shape, dtype=torch.float32, device=first.device)
+    lse = torch.empty(first.shape, dtype=torch.float32, device=first.device)
+    rows, head_size = lse.numel(), out.shape[2]
+    if not rows:
+        return out, lse
+    # The kernel has room for four; it reads as many as there are.
+    filled = [tensor.contiguous() for part in (*parts, *[parts[0]] * 4)[:4] for tensor in part]
+    dims = power_of_two(head_size)
+    block_rows = max(1, 2048 // dims)
+    join_kernel[(-(-rows // block_rows),)](
+        *filled,
+        out,
+        lse,
+        rows,
+        PARTS=len(parts),
+        HEAD_SIZE=head_size,
+        DIMS=dims,
+        ROWS=block_rows,
+        num_warps=4,
+    )
+    return out, lse
 
 
 def _heads_contiguous(x: Tensor) -> Tensor:
