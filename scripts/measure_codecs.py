@@ -54,15 +54,16 @@ def main() -> int:
             table.add(name.split()[0] if " " in name else name, name, codec)
         del captured
         for group_size in options.group_sizes or setting.group_sizes:
-            fitted = setting.fitted(group_size, options.max_context)
+            assembler = setting.assembler(group_size, options.max_context)
             joint = group_size == max(setting.group_sizes)
-            beside = setting.priced(fitted.assembler, exact=kept) if joint else fitted
             family = "ours" if joint else f"ours, {group_size} heads per group"
             for ratio in options.ratios if joint else (4.0, 8.0):
+                fitted = setting.priced(assembler, ratio=ratio)
                 assembled = fitted.at(ratio)
                 codec = PackCodec(setting.shape, assembled.codecs(table.device))
                 table.add(family, f"{family} {ratio:g}x", codec, predicted=fitted.predicted)
                 if joint and ratio in options.exact_ratios:
+                    beside = setting.priced(assembler, exact=kept, ratio=ratio)
                     codecs = beside.at(ratio).codecs(table.device)
                     windowed = PackCodec(setting.shape, codecs, kept)
                     table.add(f"ours, {exact}", f"ours {ratio:g}x codes, {exact}", windowed)

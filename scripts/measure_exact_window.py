@@ -2,7 +2,8 @@
 """Measure what exact sinks and recent tokens buy: quality and capacity over a grid, as JSON.
 
 As `measure_codecs.py` measures: teacher forcing on held-out items, every token that is not exact
-read from its codes. Sensitivities are measured for each window, beside four sinks. Capacity is that
+read from its codes. Sensitivities are measured for each ratio and window, beside four sinks. Capacity
+is that
 of a bfloat16 model on blocks of the default geometry.
 """
 
@@ -27,13 +28,10 @@ def main() -> int:
     options = parser.parse_args()
     with started(options) as setting:
         table = setting.table(setting.items(options.heldout), options.heldout_tokens)
-        fitted = setting.fitted(max(setting.group_sizes), options.max_context)
-        beside = {0: fitted}
-        for window in set(options.windows) - {0}:
-            exact = ExactTokens(DEFAULT_SINKS, window)
-            beside[window] = setting.priced(fitted.assembler, exact=exact)
+        assembler = setting.assembler(max(setting.group_sizes), options.max_context)
         for ratio, window in product(options.ratios, options.windows):
-            assembled = beside[window].at(ratio)
+            exact = ExactTokens(DEFAULT_SINKS, window) if window else None
+            assembled = setting.priced(assembler, exact=exact, ratio=ratio).at(ratio)
             size = sum(header.bytes_per_token for header in assembled.headers)
             codecs = assembled.codecs(table.device)
             for sinks in options.sinks:

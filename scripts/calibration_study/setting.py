@@ -236,9 +236,14 @@ class Setting:
         return 2 if {"visual", "text"} <= kinds else 1
 
     def fitted(self, group_size: int, max_context: int, modalities: int | None = None) -> Fitted:
-        """As `attentionpack calibrate` would fit for a server that keeps no token exact."""
+        """As `attentionpack calibrate` would fit at 8x for a server that keeps no token exact."""
+        return self.priced(self.assembler(group_size, max_context, modalities))
+
+    def assembler(
+        self, group_size: int, max_context: int, modalities: int | None = None
+    ) -> Assembler:
         statistics = self.statistics(group_size, max_context, modalities or self.modalities)
-        return self.priced(Assembler(statistics, group_size, REGULARIZATION))
+        return Assembler(statistics, group_size, REGULARIZATION)
 
     @property
     def sensitivity_simulator(self) -> Simulator:
@@ -254,9 +259,10 @@ class Setting:
         assembler: Assembler,
         make: MakeCodec | None = None,
         exact: ExactTokens | None = None,
+        ratio: float = 8.0,
     ) -> Fitted:
-        """With sensitivities measured beside `exact`, as `attentionpack calibrate` does."""
-        return self.priced_at(assembler, Fitted(assembler, None), make, exact)
+        """With sensitivities measured at `ratio` beside `exact`, as `attentionpack calibrate` does."""
+        return self.priced_at(assembler, Fitted(assembler, None), make, exact, ratio)
 
     def priced_at(
         self,
@@ -264,9 +270,10 @@ class Setting:
         start: Fitted,
         make: MakeCodec | None = None,
         exact: ExactTokens | None = None,
+        ratio: float = 8.0,
     ) -> Fitted:
         """The same, from the errors of the pack of `start`."""
-        assembled = start.at(8.0)
+        assembled = start.at(ratio)
         simulator = self.sensitivity_simulator
         codec = (
             PackCodec(self.shape, assembled.codecs(simulator.device), exact)
