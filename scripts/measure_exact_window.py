@@ -2,9 +2,8 @@
 """Measure what exact sinks and recent tokens buy: quality and capacity over a grid, as JSON.
 
 As `measure_codecs.py` measures: teacher forcing on held-out items, every token that is not exact
-read from its codes. Sensitivities are measured for each ratio and window, beside four sinks. Capacity
-is that
-of a bfloat16 model on blocks of the default geometry.
+read from its codes. Sensitivities are measured for each ratio and window, beside four sinks.
+Capacity is that of a bfloat16 model on blocks of the default geometry.
 """
 
 import sys

@@ -261,7 +261,7 @@ class Setting:
         exact: ExactTokens | None = None,
         ratio: float = 8.0,
     ) -> Fitted:
-        """With sensitivities measured at `ratio` beside `exact`, as `attentionpack calibrate` does."""
+        """With sensitivities measured at `ratio` beside `exact`, as `calibrate` does."""
         return self.priced_at(assembler, Fitted(assembler, None), make, exact, ratio)
 
     def priced_at(
