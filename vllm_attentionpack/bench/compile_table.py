@@ -190,6 +190,8 @@ def launches(case: Case, capability: int) -> list[Launch]:
     key = torch.empty(tokens, layer.kv_heads, layer.head_size, dtype=case.dtype)
     slots = torch.empty(tokens, dtype=torch.int64)
     visual = torch.zeros(tokens, dtype=torch.bool) if layer.modalities == 2 else None
+    if case.ranges:  # as `locate_exact` gives them
+        lens = lens.long()
     starts = torch.zeros_like(lens) if case.ranges else None
     with _recording(Chip(_MULTIPROCESSORS, SHARED_LIMIT[capability], capability // 10)) as recorded:
         ops.store_kv(key, key, cache, slots, visual, codec, case.block_size)
