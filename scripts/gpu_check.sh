@@ -21,7 +21,7 @@ engine="engine part skipped: no vLLM, no GPU, or a dry run"
 # Both parts keep to their budgets and report what they have by then; `timeout` is for what hangs.
 budget=460
 if [ -z "${TRITON_INTERPRET:-}" ] &&
-    "$python" -c 'import torch, vllm; assert torch.cuda.is_available()' 2>/dev/null; then
+    "$python" -c 'import torch; assert torch.cuda.is_available(); import vllm' 2>/dev/null; then
     # First, since it shares the nine minutes; its own lines come last.
     engine=$(timeout --kill-after=5 230 "$python" -m vllm_attentionpack.bench.gpu_engine --out "$out" \
         --budget 215 2>"$out/gpu_engine.log" | tail -n 14) ||

@@ -200,7 +200,7 @@ def decode(
     }
     eight_bits: dict[str, Callable[[], float]] = {}
     four_bits: dict[str, Callable[[], float]] = {}
-    if device.type == "cuda":
+    if device.type != "cpu":
         fp8 = torch.float8_e4m3fn
         ways |= {
             "vllm flash-attention 3": lambda: vllm_flash(3, dtype),
@@ -264,7 +264,7 @@ def prefill(
             lambda: attend(query, key, value, is_causal=not context, enable_gqa=True)
         )
     }
-    if device.type == "cuda":
+    if device.type != "cpu":
         ways["vllm flash-attention"] = flash
     return _measure(ways)
 

@@ -98,32 +98,37 @@ def write_pack(model: Model, fingerprint: Fingerprint, path: Path) -> None:
     save_pack(uncalibrated_pack(codecs, fingerprint, names, ratio, max_context=131072), path)
 
 
-def run_engine(model: Model, arguments: dict[str, Any]) -> dict[str, float]:
-    """Seconds and tokens of one engine, in this process."""
-    from vllm import LLM, SamplingParams
+def engine_arguments(model: Model, arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What `LLM` is called with; `folder` is filled with the model and, for ours, its pack."""
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_attentionpack.attention.fingerprint import fingerprint
 
+    write_model(model, folder)
+    common: dict[str, Any] = {
+        "model": str(folder),
+        "skip_tokenizer_init": True,
+        "load_format": "dummy",
+        "max_model_len": model.prompt + model.new_tokens + 16,
+        "max_num_seqs": model.batch,
+        "kv_cache_memory_bytes": model.kv_bytes,
+        "enable_prefix_caching": False,
+        "seed": 0,
+    } | arguments
+    if arguments.get("attention_backend") == "ATTENTIONPACK":
+        config = EngineArgs(model=str(folder), skip_tokenizer_init=True).create_model_config()
+        pack = folder / "random.pack.safetensors"
+        write_pack(model, fingerprint(config), pack)
+        common |= {"block_size": 128, "additional_config": {"attentionpack": {"pack": str(pack)}}}
+    return common
+
+
+def run_engine(model: Model, arguments: dict[str, Any]) -> dict[str, float]:
+    """Seconds and tokens of one engine, in this process."""
+    from vllm import LLM, SamplingParams
+
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_model(model, folder)
-        common: dict[str, Any] = {
-            "model": name,
-            "skip_tokenizer_init": True,
-            "load_format": "dummy",
-            "max_model_len": model.prompt + model.new_tokens + 16,
-            "max_num_seqs": model.batch,
-            "kv_cache_memory_bytes": model.kv_bytes,
-            "enable_prefix_caching": False,
-            "seed": 0,
-        } | arguments
-        if arguments.get("attention_backend") == "ATTENTIONPACK":
-            config = EngineArgs(model=name, skip_tokenizer_init=True).create_model_config()
-            write_pack(model, fingerprint(config), folder / "random.pack.safetensors")
-            pack = str(folder / "random.pack.safetensors")
-            common |= {"block_size": 128, "additional_config": {"attentionpack": {"pack": pack}}}
-        llm = LLM(**common)
+        llm = LLM(**engine_arguments(model, arguments, Path(name)))
 
         def generate(requests: int, new_tokens: int) -> float:
             prompts = [
