@@ -47,7 +47,8 @@ def check_correct(run: Run) -> list[dict[str, Any]]:
             try:
                 rows += found.get(max(0.0, deadline - time.monotonic()))
             except Exception as error:
-                reason = f"{type(error).__name__}: {error}"[:300]
+                late = isinstance(error, multiprocessing.TimeoutError)
+                reason = "out of time" if late else f"{type(error).__name__}: {error}"[:300]
                 row = {"what": layer.name, "dtype": str(dtype), "error": reason, "passed": False}
                 rows.append(row)
     return rows

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from vllm_attentionpack.ops.triton.unpack import (
+    entries,
     load_plane,
     plane_addresses,
     scale_of,
@@ -102,7 +103,7 @@ def attend_kernel(
 
     if GROUP_BYTES > 0:
         # Constants, which take no registers.
-        k_at, v_at = K_AT, V_AT
+        k_at, v_at = entries(K_AT), entries(V_AT)
         k_scales = K_SCALES + group * 2 * BLOCK_SIZE
         v_scales = V_SCALES + group * 2 * BLOCK_SIZE
     else:
@@ -168,7 +169,6 @@ def attend_kernel(
                 base = cache + block.to(tl.int64) * block_bytes
                 within = token % BLOCK_SIZE
             k_byte = tl.load(base + k_scales + within)
-            v_byte = tl.load(base + v_scales + within)
 
             dots = tl.zeros((TILE, ROWS), tl.float32)
             for i in tl.static_range(len(K_BITS)):
@@ -185,6 +185,8 @@ def attend_kernel(
                 for sub in tl.static_range(8 // K_BITS[i]):
                     operand = sub_plane(wide, K_BITS[i], sub)
                     dots = tl.dot(operand, queries[K_OPERAND[i] + sub], dots)
+            # Asked for before the softmax, which hides the wait; earlier it would take registers.
+            v_byte = tl.load(base + v_scales + within)
             logit = dots * scale_of(k_byte)[:, None]
             seen = (token >= start) & (token < stop)
             if MODALITIES == 2:
