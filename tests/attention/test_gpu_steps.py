@@ -1,4 +1,4 @@
-"""Steps of a layer on tensors without data: nothing waits for the device, and graphs can be captured.
+"""Steps of a layer on tensors without data: nothing waits for a device, graphs find what changes.
 
 See `tests/ops/test_gpu_host.py` for what the meta device shows.
 """

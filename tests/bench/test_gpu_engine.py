@@ -1,11 +1,23 @@
 """The engine part of the GPU check, as far as a CPU goes."""
 
+import os
+from importlib.metadata import distributions
+
 import pytest
 import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_attentionpack.bench.gpu_engine import ENGINES, MODELS, TINY, engine_arguments, run_engine
+from vllm_attentionpack import plugin
+from vllm_attentionpack.bench import gpu_engine
+from vllm_attentionpack.bench.gpu_engine import (
+    ENGINES,
+    MODELS,
+    TINY,
+    engine_arguments,
+    environment,
+    run_engine,
+)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -27,6 +39,24 @@ def test_models_are_of_the_size_that_they_are_called_by(model):
     billions = (model.layers * per_layer + 2 * 32000 * model.hidden) / 1e9
     assert 6.5 < billions < 8.1
     assert layer.layout().compression_ratio >= 8
+
+
+def test_a_checkout_that_is_not_installed_is_found_as_a_plugin(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_engine, "entry_points", lambda group: [])
+    settings = environment(tmp_path)
+    assert settings["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path)
+    (found,) = (
+        point
+        for path in distributions(path=[str(tmp_path)])
+        for point in path.entry_points
+        if point.group == "vllm.general_plugins"
+    )
+    assert (found.name, found.load()) == ("attentionpack", plugin.register)
+    monkeypatch.undo()
+    other = tmp_path / "other"
+    other.mkdir()
+    environment(other)
+    assert list(other.iterdir()) == []  # it is installed here
 
 
 @pytest.mark.engine

@@ -308,7 +308,7 @@ def table(rows: list[Compiled]) -> str:
 
 def _cell(row: Compiled | None) -> str:
     if row is None:
-        return "not compiled"
+        return "-"
     cell = f"{row.registers} / {row.spill_bytes} / {row.shared_bytes / 1024:.0f}"
     return " ".join([cell, *row.matrix_instructions])
 
