@@ -34,6 +34,7 @@ Written by `scripts/compile_kernels.py`, Triton {triton.__version__}. Per varian
 registers per thread / bytes spilled per thread / KiB of shared memory, and the matrix instructions
 in the assembly: HMMA is `mma`, HGMMA `wgmma`, UTCHMMA `tcgen05`. The merge has no product. A layer
 is query heads / KV heads x head size, heads per group G, ratio, modalities M; S is the block size.
+"-" stands where an architecture launches no such variant, or the one of an earlier line.
 
 """
 
@@ -72,6 +73,7 @@ def main() -> int:
         rows[key] = row
         print(f"sm_{capability} {name}, {case}: {row.seconds} s", *row.faults(), flush=True)
         _write(options.out, [rows[key] for key in wanted if key in rows], len(wanted))
+    _write(options.out, [rows[key] for key in wanted if key in rows], len(wanted))
     print(table(list(rows.values())))
     faulty = sum(bool(row.faults()) for row in rows.values())
     missing = len(wanted) - len(rows) - failed

@@ -110,6 +110,8 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("fused output quantisation is not supported")
         if attn_metadata is None:  # profiling run
+            if self.codec is not None:
+                self.state.ops.reserve(query.shape[0], self.num_heads, self.codec)
             return output.fill_(0)
         tokens = attn_metadata.num_actual_tokens
         fresh = _Fresh(query[:tokens], key[:tokens], value[:tokens])

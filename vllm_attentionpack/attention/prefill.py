@@ -14,6 +14,8 @@ from vllm_attentionpack.ops.fresh import fresh_attention
 
 FreshAttention = Callable[[Tensor, Tensor, Tensor, QueryBatch, float], tuple[Tensor, Tensor]]
 AUTO = "auto"
+#: Reads lengths of requests on the host, which a CUDA graph would keep from its capture.
+UNCAPTURED = "xformers"
 #: On a CPU: long chunks go to `dense_prefill`, all else to PyTorch.
 DENSE = "dense"
 
@@ -35,7 +37,7 @@ def _flash_attn(
         softmax_scale=scale,
         causal=True,
         return_softmax_lse=True,
-        fa_version=get_flash_attn_version(),
+        fa_version=get_flash_attn_version(head_size=query.shape[2]),
     )
     return out, lse[:, : query.shape[0]].T.contiguous()
 

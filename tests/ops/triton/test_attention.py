@@ -48,6 +48,21 @@ def test_kernels_match_the_reference(shape):
     assert_close(found, attend_codes(reference, codec, case, stops, causal))
 
 
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_lengths_at_the_edges_of_blocks(block_size):
+    """And a block table that is part of a wider one, whose other entries name no block."""
+    codec = random_codec(2, 2, 64)
+    contexts = [block_size - 1, block_size, 0, block_size + 1, 1, 2 * block_size - 2]
+    case = paged_batch(codec, 4, contexts, [1, 1, 1, 1, 1, 2], block_size)
+    wide = torch.full((len(contexts), case.block_table.shape[1] + 5), 1 << 30, dtype=torch.int32)
+    wide[:, 1:-4] = case.block_table
+    case.block_table = wide[:, 1:-4]
+    assert not case.block_table.is_contiguous()
+    for stops, causal in ((case.seq_lens, True), (case.context_lens, False)):
+        found = attend_codes(kernels, codec, case, stops, causal)
+        assert_close(found, attend_codes(reference, codec, case, stops, causal))
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_token_ranges(causal):
     """Ranges may be empty, inverted or end below zero, and come as int64 as well."""

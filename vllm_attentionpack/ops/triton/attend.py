@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from vllm_attentionpack.ops.triton.unpack import (
+    entries,
     load_plane,
     plane_addresses,
     scale_of,
@@ -26,7 +27,7 @@ def attend_kernel(
     starts,  # int32 [B]; unread unless HAS_STARTS
     stops,  # int32 [B]
     query_start_loc,  # int32 [B + 1]
-    planes,  # int32 [groups, 2, 7]
+    planes,  # int32 [groups, 2, 7]; unread if GROUP_BYTES
     latent,  # float16 [splits, T, groups, M, HEADS, V_COLUMNS]
     sums,  # float32 [splits, T, groups, M, HEADS]
     block_bytes,
@@ -50,6 +51,8 @@ def attend_kernel(
     K_COLUMN: tl.constexpr,
     K_OPERAND: tl.constexpr,
     K_ALIGN: tl.constexpr,
+    K_AT: tl.constexpr,
+    K_SCALES: tl.constexpr,
     K_COLUMNS: tl.constexpr,
     V_BITS: tl.constexpr,
     V_START: tl.constexpr,
@@ -60,7 +63,10 @@ def attend_kernel(
     V_COLUMN: tl.constexpr,
     V_OPERAND: tl.constexpr,
     V_ALIGN: tl.constexpr,
+    V_AT: tl.constexpr,
+    V_SCALES: tl.constexpr,
     V_COLUMNS: tl.constexpr,
+    GROUP_BYTES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     split = tl.program_id(0) % num_splits
@@ -95,8 +101,14 @@ def attend_kernel(
     first_tile += split * share
     tiles = tl.minimum(share, tiles - split * share)
 
-    k_at, k_scales = plane_addresses(planes + group * 14, K_BITS, K_ALIGN)
-    v_at, v_scales = plane_addresses(planes + group * 14 + 7, V_BITS, V_ALIGN)
+    if GROUP_BYTES > 0:
+        # Constants, which take no registers.
+        k_at, v_at = entries(K_AT), entries(V_AT)
+        k_scales = K_SCALES + group * 2 * BLOCK_SIZE
+        v_scales = V_SCALES + group * 2 * BLOCK_SIZE
+    else:
+        k_at, k_scales = plane_addresses(planes + group * 14, K_BITS, K_ALIGN)
+        v_at, v_scales = plane_addresses(planes + group * 14 + 7, V_BITS, V_ALIGN)
     table = block_table + request.to(tl.int64) * table_stride
 
     queries = ()
@@ -157,12 +169,11 @@ def attend_kernel(
                 base = cache + block.to(tl.int64) * block_bytes
                 within = token % BLOCK_SIZE
             k_byte = tl.load(base + k_scales + within)
-            v_byte = tl.load(base + v_scales + within)
 
             dots = tl.zeros((TILE, ROWS), tl.float32)
             for i in tl.static_range(len(K_BITS)):
                 data = load_plane(
-                    base + k_at[2 * i + 1],
+                    base + group * GROUP_BYTES + k_at[2 * i + 1],
                     K_WIDTH[i],
                     k_at[2 * i],
                     within,
@@ -174,6 +185,8 @@ def attend_kernel(
                 for sub in tl.static_range(8 // K_BITS[i]):
                     operand = sub_plane(wide, K_BITS[i], sub)
                     dots = tl.dot(operand, queries[K_OPERAND[i] + sub], dots)
+            # Asked for before the softmax, which hides the wait; earlier it would take registers.
+            v_byte = tl.load(base + v_scales + within)
             logit = dots * scale_of(k_byte)[:, None]
             seen = (token >= start) & (token < stop)
             if MODALITIES == 2:
@@ -193,7 +206,7 @@ def attend_kernel(
             updated = ()
             for i in tl.static_range(len(V_BITS)):
                 data = load_plane(
-                    base + v_at[2 * i + 1],
+                    base + group * GROUP_BYTES + v_at[2 * i + 1],
                     V_WIDTH[i],
                     v_at[2 * i],
                     within,

@@ -54,11 +54,26 @@ def unavailable(device: torch.device) -> str | None:
     except ImportError:
         return "Triton is not installed"
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return "PyTorch finds no CUDA device"
         major, minor = torch.cuda.get_device_capability(device)
         return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return f"they need a CUDA device, not {device.type}"
+
+
+def reserve(tokens: int, query_heads: int, codec: LayerCodec) -> None:
+    prepared = prepare(codec)
+    prepared.make()
+    # Queries in latent space, and as many attended latents of splits (one, where tokens are many)
+    # as merged ones.
+    columns = prepared.tiles["key"].columns + 2 * prepared.tiles["value"].columns
+    torch.empty(
+        (tokens, query_heads, codec.num_modalities, columns),
+        dtype=torch.float16,
+        device=prepared.device,
+    )
 
 
 def store_kv(
@@ -193,6 +208,7 @@ def paged_attention(
     if not tokens:
         return PackedLatent(latent, weight, lse)
     constants = tiles["key"].constants("K") | tiles["value"].constants("V")
+    constants |= prepared.plane_constants(block_size)
     del constants["K_JOINED"]
     attend_kernel[(requests * shape.query_tiles * shape.splits, groups * modalities)](
         query.latent,

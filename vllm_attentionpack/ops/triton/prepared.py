@@ -21,6 +21,7 @@ from vllm_attentionpack.ops.triton.tiles import (
     NARROW_COLUMNS,
     NARROW_KEYS,
     KindTiles,
+    plane_constants,
     plane_table,
 )
 
@@ -104,6 +105,14 @@ class Prepared:
     def encoding_tiles(self) -> dict[Kind, KindTiles]:
         """The operands of `store_kv`."""
         return {kind: KindTiles.of(self.codec.layout, kind, ENCODING) for kind in KINDS}
+
+    def make(self) -> None:
+        """All that is otherwise made at first use, but for tables of a block size."""
+        _ = self.encoders, self.query_basis, self.key_mean, self.value_basis, self.value_mean
+
+    def plane_constants(self, block_size: int) -> dict[str, object]:
+        """See `tiles.plane_constants`."""
+        return plane_constants(self.codec.layout, self.tiles, block_size)
 
     def planes(self, block_size: int) -> Tensor:
         """int32 `[groups, 2, 7]`, see `plane_table`."""

@@ -148,6 +148,11 @@ class KindTiles:
                     yield columns, first + sub * width + piece.start + held, unit(bits, sub)
             first += 8 // bits * width
 
+    @property
+    def uniform(self) -> bool:
+        """Whether all head groups have the same planes."""
+        return len(set(self.widths)) == 1
+
     def constants(self, prefix: str) -> dict[str, object]:
         """What the kernels need to know at compile time, under names that start with `prefix`."""
         return {
@@ -188,6 +193,29 @@ def plane_table(
         else:
             row[-1] = plane.offset // _OFFSET_UNIT
     return table.to(device)
+
+
+def plane_constants(
+    layout: LayerLayout, tiles: "dict[Kind, KindTiles]", block_size: int
+) -> dict[str, object]:
+    """Where the planes of a block lie, at compile time, for head groups that are alike.
+
+    The planes of a group begin `GROUP_BYTES` behind those of the one before it, 0 where groups
+    differ: `plane_table` is read then.
+    """
+    alike = all(kind_tiles.uniform for kind_tiles in tiles.values())
+    first = {(p.kind, p.bits): p for p in layout.planes(block_size) if p.group == 0}
+    group_bytes = first["key", 0].offset // len(layout.groups)
+    found: dict[str, object] = {"GROUP_BYTES": group_bytes if alike else 0}
+    for kind in KINDS:
+        at: tuple[int, ...] = ()
+        for piece in tiles[kind].pieces if alike else ():
+            plane = first[kind, piece.bits]
+            at += (plane.bytes_per_token, plane.offset)
+        prefix = kind[0].upper()
+        found[f"{prefix}_AT"] = at
+        found[f"{prefix}_SCALES"] = first[kind, 0].offset if alike else 0
+    return found
 
 
 def _cut(width: int, smallest: int, largest: int) -> Iterator[tuple[int, int]]:

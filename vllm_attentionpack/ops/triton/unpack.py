@@ -25,6 +25,15 @@ def plane_addresses(planes, BITS: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def entries(OF: tl.constexpr):
+    """A constant tuple as one that has a name: Triton 3.6 gives none to the constant itself."""
+    found = ()
+    for i in tl.static_range(len(OF)):
+        found = found + (OF[i],)
+    return found
+
+
+@triton.jit
 def load_plane(
     base,
     WIDTH: tl.constexpr,

@@ -1,0 +1,139 @@
+"""Steps of a layer on tensors without data: nothing waits for a device, graphs find what changes.
+
+See `tests/ops/test_gpu_host.py` for what the meta device shows.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+
+pytest.importorskip("triton")
+
+from vllm_attentionpack.attention.impl import AttentionPackImpl
+from vllm_attentionpack.attention.metadata import AttentionPackMetadataBuilder
+from vllm_attentionpack.attention.state import EngineState
+from vllm_attentionpack.bench.compile_table import recording
+from vllm_attentionpack.bench.shapes import LayerShape
+from vllm_attentionpack.ops import fresh_gpu
+from vllm_attentionpack.ops import triton as kernels
+from vllm_attentionpack.ops.triton.chip import Chip
+
+META, CPU = torch.device("meta"), torch.device("cpu")
+LAYER = LayerShape(8, 4, 64, 2, 4)
+LONGEST, MOST_REQUESTS, BLOCK_SIZE = 4096, 8, 32
+
+
+def builder(device):
+    made = object.__new__(AttentionPackMetadataBuilder)
+    made.device = device
+    made.dense_prefill = None
+    made.context_lens = torch.zeros(MOST_REQUESTS + 1, dtype=torch.int32, device=device)
+    made.vllm_config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=LONGEST))
+    return made
+
+
+def common(device, query_lens, seq_lens):
+    starts = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0).int()
+    lens = torch.tensor(seq_lens, dtype=torch.int32)
+    requests, tokens = len(query_lens), sum(query_lens)
+    return CommonAttentionMetadata(
+        query_start_loc=starts.to(device),
+        query_start_loc_cpu=starts,
+        seq_lens=lens.to(device),
+        num_reqs=requests,
+        num_actual_tokens=tokens,
+        max_query_len=max(query_lens),
+        max_seq_len=max(seq_lens),
+        block_table_tensor=torch.zeros(requests, 200, dtype=torch.int32, device=device),
+        slot_mapping=torch.zeros(tokens, dtype=torch.int64, device=device),
+        seq_lens_cpu_upper_bound=lens,
+    )
+
+
+def test_metadata_is_built_from_what_the_host_knows():
+    for query_lens, seq_lens in (([1, 1, 1], [9, 40, 1]), ([4, 4], [70, 4]), ([1, 30], [5, 30])):
+        made = builder(META).build(0, common(META, query_lens, seq_lens))
+        assert made.batch.max_query_len == max(query_lens)
+        assert made.batch.max_seq_lens == tuple(seq_lens)
+    assert not builder(META).build(0, common(META, [30, 4], [30, 4])).has_context
+
+
+def test_a_captured_graph_finds_what_changes_where_it_was():
+    made = builder(CPU)
+    captured = made.build_for_cudagraph_capture(common(CPU, [1, 1, 1, 1], [1, 1, 1, 1]))
+    assert captured.has_context and captured.batch.max_seq_lens == (LONGEST,) * 4
+    replayed = made.build(0, common(CPU, [1, 1], [40, 7]))
+    assert replayed.context_lens.data_ptr() == captured.context_lens.data_ptr()
+    assert captured.context_lens[:2].tolist() == [39, 6]
+
+
+def layer_impl(codec, provider):
+    impl = object.__new__(AttentionPackImpl)
+    impl.num_heads, impl.num_kv_heads, impl.head_size = LAYER.query_heads, LAYER.kv_heads, 64
+    impl.scale, impl.codec = 0.125, codec
+    impl.state = SimpleNamespace(
+        ops=kernels,
+        has_exact_cache=False,
+        fresh_attention=provider,
+        config=SimpleNamespace(exact_prefill=True),
+    )
+    return impl
+
+
+def single(query, key, value, batch, scale):
+    return fresh_gpu.single_tokens(query, key, value, scale)
+
+
+@pytest.mark.parametrize("query_len", [1, 3])
+def test_a_layer_waits_for_nothing_and_launches_alike_for_every_context(query_len):
+    """Decoding and verification of drafts, in a batch that is padded as a graph pads it."""
+    codec = LAYER.codec(META)
+    impl = layer_impl(codec, single if query_len == 1 else fresh_gpu.sdpa)
+    tokens = 4 * query_len
+    query, key, value = (
+        torch.empty(tokens + 2, heads, 64, dtype=torch.bfloat16, device=META) for heads in (8, 4, 4)
+    )
+    output = torch.empty(tokens + 2, 8 * 64, dtype=torch.bfloat16, device=META)
+    width = codec.layout.bytes_per_token
+    cache = torch.empty(40, 1, BLOCK_SIZE, width, dtype=torch.uint8, device=META)
+    seen = []
+    made = builder(META)
+    for lens in ([9, 40, 3, 900], [LONGEST] * 4):
+        step = common(META, [query_len] * 4, lens)
+        metadata = made.build_for_cudagraph_capture(step)
+        with recording(Chip(132, 227 * 1024, 9)) as launched:
+            impl.do_kv_cache_update(None, key, value, cache, metadata.slot_mapping)
+            assert impl.forward(None, query, key, value, cache, metadata, output) is output
+        seen.append([(launch.kernel, launch.grid, launch.options) for launch in launched])
+    assert seen[0] == seen[1] and len(seen[0]) == 5
+
+
+def test_a_profiling_run_takes_the_memory_of_a_step():
+    """vLLM takes what it measures then from what it gives to the caches."""
+    codec = LAYER.codec(CPU)
+    taken = []
+    impl = layer_impl(codec, None)
+    impl.state.ops = SimpleNamespace(reserve=lambda *args: taken.append(args))
+    output = torch.ones(50, 8 * 64)
+    query = torch.empty(50, 8, 64)
+    assert impl.forward(None, query, query, query, torch.empty(0), None, output) is output
+    assert taken == [(50, 8, codec)] and not output.any()
+
+
+@pytest.mark.parametrize(
+    ("ops", "prefill", "exact", "wanted"),
+    [
+        ("triton", "flash_attn", True, AttentionCGSupport.UNIFORM_BATCH),
+        ("triton", "sdpa", True, AttentionCGSupport.UNIFORM_BATCH),
+        ("triton", "xformers", True, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE),
+        ("triton", "flash_attn", False, AttentionCGSupport.NEVER),
+        ("reference", "sdpa", True, AttentionCGSupport.NEVER),
+    ],
+)
+def test_which_batches_are_captured(ops, prefill, exact, wanted):
+    state = SimpleNamespace(
+        ops_name=ops, prefill=prefill, config=SimpleNamespace(exact_prefill=exact)
+    )
+    assert EngineState.cudagraph_support.fget(state) == wanted
