@@ -7,6 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "api.h"
 #include "vector.h"
 
 namespace attentionpack {
@@ -82,6 +83,23 @@ struct Floats {
 };
 
 constexpr int places(int bits) { return bits == 16 ? 1 : 8 / bits; }
+
+// Bytes of a token that a vector of words holds, of codes or of latents of 16 bits.
+constexpr int64_t vector_bytes(int64_t bits) { return bits == 16 ? 2 * kLanes : kLanes; }
+constexpr int64_t vectors_of(int64_t bytes, int64_t bits) {
+    return (bytes + vector_bytes(bits) - 1) / vector_bytes(bits);
+}
+
+// Lanes of the attended values of a plane, which is padded to whole vectors, and of a head group.
+AP_INLINE int64_t plane_lanes(const Plane& plane) {
+    return vectors_of(plane.bytes, plane.bits) * places(int(plane.bits)) * kLanes;
+}
+inline int64_t value_lanes(const Side& side) {
+    int64_t lanes = 0;
+    for (int p = 0; p < side.num_planes; ++p) lanes += plane_lanes(side.planes[p]);
+    return lanes;
+}
+
 template <class A, int BITS>
 constexpr int kWordSteps = (BITS == 16 ? 2 : 4) / A::kPerStep;
 
@@ -167,13 +185,6 @@ template <int SIZE, class F>
 AP_INLINE void for_blocks(int64_t count, F f, int64_t first = 0) {
     for (; first + SIZE <= count; first += SIZE) f(std::integral_constant<int, SIZE>{}, first);
     if constexpr (SIZE > 1) for_blocks<SIZE / 2>(count, f, first);
-}
-
-// Words of a plane that share a scale of the queries and are multiplied at a time.
-template <class A>
-AP_INLINE int64_t words_per_segment(int64_t bits) {
-    const int64_t fit = std::min<int64_t>(kSteps * A::kPerStep * bits / 32, kSubWords);
-    return A::kNarrow && bits == 2 ? std::min<int64_t>(fit, kQuadSteps * bits / 8) : fit;
 }
 
 float largest_magnitude(const float* from, int64_t count) {
