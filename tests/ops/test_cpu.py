@@ -305,7 +305,7 @@ def test_products_of_packed_matrices(isa, dtype, repeats, count):
     spread = torch.cat([torch.full((n,), 10.0**-i) for i, n in enumerate(runs)])
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(heads, sum(runs), width, generator=generator)
-    packed = PackedMap(matrix, library.kernels().lanes, runs)
+    packed = PackedMap(matrix, library.kernels(), runs)
     x = torch.randn(tokens, heads, repeats, 2 * sum(runs), generator=generator)
     x = (x[..., : sum(runs)] * spread).to(dtype).transpose(0, 1)
     shift = torch.randn(sum(runs), generator=generator) * spread
@@ -354,9 +354,9 @@ def test_custom_ops_have_fakes(name):
         args = (absorbed.latent, table, plan.widths, case.kv_cache, case.block_table, None)
         args += (case.seq_lens, case.batch.query_start_loc, 16, 2, True, 8)
     elif name == "cpu_project":
-        packed = plan.absorb[0]
+        packed = plan.absorb.maps[0]
         x, out = torch.randn(2, 3, 1, 32), torch.empty(2, 3, 1, packed.width)
-        args = (x, torch.randn(32), packed.matrix, packed.scale, packed.bounds, 0.5, out)
+        args = ([x], torch.randn(32), [packed.matrix], [packed.scale], [packed.bounds], 0.5, [out])
     elif name == "cpu_unpack":
         rank = codec.groups[0].key.rank
         args = (case.kv_cache, case.block_table[0], table[0, 0], rank, 40, 16, True)

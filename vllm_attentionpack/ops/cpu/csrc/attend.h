@@ -32,6 +32,8 @@ struct Scratch {
     alignas(64) float logits[kMaxRows][kTile];
     Weights weights;
     RunningRow running[2][kMaxRows];
+    float top[2][kMaxRows];  // largest logit so far
+    const float *queries[2][kMaxRows], *means[kMaxRows];
     Tile tiles[2];
 };
 
@@ -64,7 +66,7 @@ class Attention {
 
     void run() {
         prepare_queries();
-        std::fill_n(piece_.top, args_.modalities * piece_.rows, -kInfinity);
+        std::fill_n(s_->top[0], 2 * kMaxRows, -kInfinity);
         std::memset(s_->running, 0, args_.modalities * sizeof s_->running[0]);
         const int32_t* table = args_.table + piece_.request * args_.table_stride;
         const int64_t size = args_.block_size;
@@ -94,15 +96,14 @@ class Attention {
 
     void prepare_queries() {
         const int64_t rank = group_.key.rank, modalities = args_.modalities;
-        const float *rows[kMaxRows], *means[kMaxRows];
         for (int64_t m = 0; m < modalities; ++m) {
             for (int64_t row = 0; row < piece_.rows; ++row) {
                 const float* query = args_.queries[piece_.group] +
-                                     piece_.place(args_, row) * modalities * (rank + 1);
-                rows[row] = query + m * rank;
-                means[row] = query + modalities * rank + m;
+                                     piece_.place(args_, row) * group_.key.width;
+                s_->queries[m][row] = query + m * rank;
+                s_->means[row] = query + modalities * rank + m;
             }
-            queries_[m].prepare(group_.key, rows, means, piece_.rows);
+            queries_[m].prepare(group_.key, s_->queries[m], s_->means, piece_.rows);
         }
     }
 
@@ -166,8 +167,7 @@ class Attention {
         for (int64_t row = 0; row < piece_.rows; row += kRowGroup) {
             TileSoftmax<A>(tile, s_->logits + row, s_->weights, row, wide_weights_)
                 .run(int(std::min<int64_t>(kRowGroup, piece_.rows - row)),
-                     queries_[m].mean_logit + row, piece_.top + m * piece_.rows + row,
-                     s_->running[m] + row);
+                     queries_[m].mean_logit + row, s_->top[m] + row, s_->running[m] + row);
         }
         multiply_values(m, padded);
         begun_[m] = true;
@@ -187,6 +187,7 @@ class Attention {
         for (int64_t row = 0; row < piece_.rows; ++row) {
             const RunningRow& running = s_->running[m][row];
             const int64_t at = m * piece_.rows + row;
+            piece_.top[at] = s_->top[m][row];
             piece_.total[at] = attentionpack::sum(running.mass);
             for (int p = 0; p < group_.value.num_planes; ++p) {
                 const Plane& plane = group_.value.planes[p];
@@ -207,13 +208,15 @@ class Attention {
             });
             work.words = int(count_words);
             const bool quads = A::kNarrow && largest_scale <= queries_[m].reach[work.segment];
+            const int64_t dims = count_words * 32 / plane.bits;
+            if (!quads) queries_[m].widen(plane, work.segment, work.dim, dims);
             switch (plane.bits) {
                 case 2: key_segment<2>(quads, work); break;
                 case 4: key_segment<4>(quads, work); break;
                 case 8: key_blocks<A, 8>(work); break;
                 default: if constexpr (A::kPerStep == 1) key_blocks<A, 16>(work);
             }
-            work.dim += count_words * 32 / plane.bits;
+            work.dim += dims;
             ++work.segment;
         });
     }

@@ -171,7 +171,10 @@ const void* ap_kernels(const char* name) {
 
 const char* ap_name(const void* kernels) { return static_cast<const Kernels*>(kernels)->name; }
 
-int64_t ap_lanes(const void* kernels) { return static_cast<const Kernels*>(kernels)->lanes; }
+void ap_sizes(const void* chosen, Sizes* sizes) {
+    const Kernels& kernels = *static_cast<const Kernels*>(chosen);
+    *sizes = {kernels.lanes, kernels.panel, kSegment, kLargest};
+}
 
 void ap_attend(const void* chosen, const Attend* args) {
     const Kernels& kernels = *static_cast<const Kernels*>(chosen);
@@ -246,15 +249,25 @@ void ap_unpack(const void* chosen, const Unpack* args) {
     });
 }
 
-void ap_project(const void* chosen, const Project* args) {
+// `count` products, in one parallel region.
+void ap_project(const void* chosen, const Project* args, int64_t count) {
     const Kernels& kernels = *static_cast<const Kernels*>(chosen);
-    const int64_t rows = args->tokens * args->repeats;
-    const int64_t turns = (rows + kMaxRows - 1) / kMaxRows;
-    const int64_t memory = kernels.project_memory(*args, std::min<int64_t>(rows, kMaxRows));
-    parallel(args->threads, args->batch * turns, [&](int64_t i) {
-        const int64_t first = i % turns * kMaxRows;
-        kernels.project(*args, i / turns, first, std::min<int64_t>(kMaxRows, rows - first),
-                        thread_memory(memory));
+    struct Turn {
+        const Project* args;
+        int64_t batch, first, rows;
+    };
+    std::vector<Turn> turns;
+    int64_t memory = 0;
+    for (const Project* p = args; p < args + count; ++p) {
+        const int64_t rows = p->tokens * p->repeats;
+        memory = std::max(memory, kernels.project_memory(*p, std::min<int64_t>(rows, kMaxRows)));
+        for (int64_t batch = 0; batch < p->batch; ++batch)
+            for (int64_t first = 0; first < rows; first += kMaxRows)
+                turns.push_back({p, batch, first, std::min<int64_t>(kMaxRows, rows - first)});
+    }
+    parallel(args->threads, int64_t(turns.size()), [&](int64_t i) {
+        const Turn& turn = turns[i];
+        kernels.project(*turn.args, turn.batch, turn.first, turn.rows, thread_memory(memory));
     });
 }
 

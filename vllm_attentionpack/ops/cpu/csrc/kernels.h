@@ -59,7 +59,7 @@ struct Piece {
 // One instruction set.
 struct Kernels {
     const char* name;
-    int lanes;
+    int lanes, panel;
     void (*attend)(const Attend&, const Piece&, uint8_t* memory);
     int64_t (*attend_memory)(const Attend&, int64_t rows, int64_t rank);
     // Puts the rows from `first` to `end` of pieces that share them together, normalised.

@@ -26,8 +26,7 @@ class Merge {
     void run(int64_t row) {
         constexpr float ln2 = 0.693147181f;
         const int64_t modalities = args_.modalities;
-        float* out = args_.outputs[pieces_->group] +
-                     pieces_->place(args_, row) * modalities * (lanes_ + 1);
+        float* out = args_.outputs[pieces_->group] + pieces_->place(args_, row) * values_.width;
         float* masses = out + modalities * lanes_;
         float& lse = args_.lse[pieces_->column(args_, row)];
         float top = kNothing, total = 0;

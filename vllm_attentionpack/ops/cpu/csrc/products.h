@@ -189,22 +189,27 @@ AP_INLINE void for_blocks(int64_t count, F f, int64_t first = 0) {
 
 float largest_magnitude(const float* from, int64_t count) {
     Float top{};
-    for (int64_t i = 0; i < count; i += kLanes) {
-        const Float x = part(from, i, count);
-        top = maximum(top, maximum(x, Float{} - x));
-    }
+    for (int64_t i = 0; i < count; i += kLanes) top = maximum(top, magnitude(part(from, i, count)));
     return largest(top);
 }
 
-// Whole numbers of at most `limit` for `count` floats, none of them larger than `most`; returns what
-// one of them stands for, and their sum.
+// The same of some rows at once, from element `first` of each on; never zero.
+inline ByRow largest_magnitudes(const float* const* rows, int64_t first, int64_t count) {
+    Float top[kRowGroup];
+    for (int r = 0; r < kRowGroup; ++r) {
+        top[r] = splat(1e-30f);
+        for (int64_t i = 0; i < count; i += kLanes)
+            top[r] = maximum(top[r], magnitude(part(rows[r] + first, i, count)));
+    }
+    return largest_by_row(top);
+}
+
+// Whole numbers for `count` floats times `factor`, which T must hold; returns sums of them by lane.
 template <class T>
-float quantize(const float* from, int64_t count, float most, float limit, void* to, float* total) {
-    const float scale = std::max(most, 1e-30f) / limit;
-    const float inverse = 1.0f / scale;
+AP_INLINE Float quantize(const float* from, int64_t count, float factor, void* to) {
     Int sums{};
     for (int64_t i = 0; i < count; i += kLanes) {
-        const Int rounded = to_int(part(from, i, count) * inverse);
+        const Int rounded = to_int(part(from, i, count) * factor);
         const auto narrow = narrowed<T>(rounded);
         const int64_t lanes = std::min<int64_t>(kLanes, count - i);
         if (lanes == kLanes)
@@ -213,8 +218,7 @@ float quantize(const float* from, int64_t count, float most, float limit, void* 
             std::memcpy(static_cast<T*>(to) + i, &narrow, lanes * sizeof(T));
         sums += rounded;
     }
-    *total = sum(to_float(sums));
-    return scale;
+    return to_float(sums);
 }
 
 // Latent dims come in the order in which pairs take the bytes of a word, 0 2 1 3; quads take them

@@ -57,7 +57,8 @@ class Queries {
     };
     Numbers wide, quads;
     float* reach;       // [segments]: tokens of this scale or less may meet quads; -1: none
-    float* mean_logit;  // [rows]
+    float* mean_logit;  // [rows], room for whole groups of rows
+    bool* widened;      // [segments]
     int64_t segments;
 
     void lay_out(const Side& key, int64_t rows, uint8_t*& memory) {
@@ -72,55 +73,79 @@ class Queries {
         numbers(wide, A::kPerStep);
         if (A::kNarrow) numbers(quads, 4);
         reach = take<float>(memory, segments);
-        mean_logit = take<float>(memory, rows);
+        mean_logit = take<float>(memory, rows + kRowGroup);
+        widened = take<bool>(memory, segments);
     }
 
     static int64_t memory(int64_t rows, int64_t rank) {
         return rows * (rank + 64 + rank / 4) * 4 + rank + 1024;
     }
 
-    // `rows` point to the latent queries, in the order of the keys' words; `means` to the logits of the
-    // mean keys.
+    // `rows` point to the latent queries, in the order of the keys' words, and stay valid; `means` to the
+    // logits of the mean keys. Planes that may meet quads get no wide numbers before `widen`.
     void prepare(const Side& key, const float* const* rows, const float* const* means, int64_t count) {
         for (int64_t row = 0; row < count; ++row) mean_logit[row] = *means[row] * kLog2E;
+        rows_ = rows, count_ = count;
         int64_t segment = 0, dim = 0;
         for_segments<A>(key, [&](const Plane& plane, int64_t, int64_t words) {
             const int64_t dims = words * 32 / plane.bits;
-            const float zero = 0.5f * float(zero_doubled(plane.bits));
-            const bool by_eight = A::kNarrow && by_quads(plane.bits);
-            float highest = 0;
-            for (int64_t row = 0; row < count; ++row) {
-                const float* from = rows[row] + dim;
-                const float most = largest_magnitude(from, dims);
-                const int64_t at = row * segments + segment;
-                highest = std::max(highest, most);
-                if constexpr (A::kPerStep == 1) {
-                    std::memcpy(wide.steps + row * wide.stride + dim, from, dims * 4);
-                    wide.scale[at] = kLog2E;
-                    wide.shift[at] = 0;
-                } else {
-                    set<int16_t>(wide, row, at, dim, from, dims, most, kLargest16, zero);
-                    if (by_eight) {
-                        int32_t* out = set<int8_t>(quads, row, at, dim, from, dims, most, kLargest8, zero);
-                        order_quads(out, dims / 4);
-                    }
-                }
-            }
-            reach[segment] = by_eight ? quad_reach(plane.bits, highest, key.rank) : -1;
+            reach[segment] = -1;
+            widened[segment] = !(A::kNarrow && by_quads(plane.bits));
+            if (widened[segment])
+                set_wide(plane, segment, dim, dims);
+            else
+                reach[segment] = quad_reach(plane.bits, set<int8_t>(quads, plane, segment, dim, dims, kLargest8),
+                                            key.rank);
             dim += dims;
             ++segment;
         });
     }
 
+    AP_INLINE void widen(const Plane& plane, int64_t segment, int64_t dim, int64_t dims) {
+        if (widened[segment]) return;
+        widened[segment] = true;
+        set_wide(plane, segment, dim, dims);
+    }
+
   private:
+    AP_NOINLINE void set_wide(const Plane& plane, int64_t segment, int64_t dim, int64_t dims) {
+        if constexpr (A::kPerStep == 2) {
+            set<int16_t>(wide, plane, segment, dim, dims, kLargest16);
+        } else {
+            for (int64_t row = 0; row < count_; ++row) {
+                std::memcpy(wide.steps + row * wide.stride + dim, rows_[row] + dim, dims * 4);
+                wide.scale[row * segments + segment] = kLog2E;
+                wide.shift[row * segments + segment] = 0;
+            }
+        }
+    }
+
+    // Returns the largest magnitude of all rows.
     template <class T>
-    int32_t* set(Numbers& to, int64_t row, int64_t at, int64_t dim, const float* from, int64_t dims,
-                 float most, float limit, float zero) {
-        int32_t* out = to.steps + row * to.stride + dim * int64_t(sizeof(T)) / 4;
-        float total;
-        to.scale[at] = kLog2E * quantize<T>(from, dims, most, limit, out, &total);
-        to.shift[at] = -to.scale[at] * zero * total;
-        return out;
+    AP_NOINLINE float set(Numbers& to, const Plane& plane, int64_t segment, int64_t dim, int64_t dims,
+                          float limit) {
+        const float zero = 0.5f * float(zero_doubled(plane.bits));
+        float highest = 0;
+        for (int64_t first = 0; first < count_; first += kRowGroup) {
+            const int64_t count = std::min<int64_t>(kRowGroup, count_ - first);
+            const float* rows[kRowGroup];
+            for (int64_t r = 0; r < kRowGroup; ++r) rows[r] = rows_[first + std::min(r, count - 1)];
+            const ByRow most = largest_magnitudes(rows, dim, dims);
+            const ByRow factor = limit / most, scale = most * (kLog2E / limit);
+            Float sums[kRowGroup] = {};
+            for (int64_t r = 0; r < count; ++r) {
+                int32_t* out = to.steps + (first + r) * to.stride + dim * int64_t(sizeof(T)) / 4;
+                sums[r] = quantize<T>(rows[r] + dim, dims, factor[r], out);
+                if (sizeof(T) == 1) order_quads(out, dims / 4);
+                highest = std::max(highest, most[r]);
+            }
+            const ByRow shift = -scale * zero * sum_by_row(sums);
+            for (int64_t r = 0; r < count; ++r) {
+                to.scale[(first + r) * segments + segment] = scale[r];
+                to.shift[(first + r) * segments + segment] = shift[r];
+            }
+        }
+        return highest;
     }
 
     // The largest scale of tokens whose logits 8-bit queries of at most this magnitude leave as they
@@ -131,6 +156,9 @@ class Queries {
         const float error = 0.29f * most / kLargest8 * code * std::sqrt(float(rank));
         return kQuadError / std::max(error, 1e-30f);
     }
+
+    const float* const* rows_;
+    int64_t count_;
 };
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "kernels.h"
@@ -50,15 +51,18 @@ class TileSoftmax {
     TileSoftmax(const Tile& tile, float (*products)[kTile], Weights& to, int64_t first, bool wide)
         : tile_(tile), products_(products), to_(to), first_(first), wide_(wide) {}
 
-    // Only the first `count` rows exist; `top` and `mean_logit` are those of the first of them.
+    // Only the first `count` rows exist; `top` and `mean_logit` are those of the first of them, with room
+    // for all.
     void run(int count, const float* mean_logit, float* top, RunningRow* running) {
-        ByRow best = largest_logits(mean_logit, count), shift;
-        for (int r = 0; r < count; ++r) {
-            const float before = top[r];
-            top[r] = std::max(before, best[r]);
-            to_.keep[first_ + r] = before == top[r] ? 1.0f : std::exp2(before - top[r]);
-            shift[r] = mean_logit[r] - (top[r] == -kInfinity ? 0.0f : top[r]);
-        }
+        const ByRow before = load<ByRow>(top), best = largest_logits(mean_logit, count);
+        const ByRow now = best > before ? best : before;
+        store(top, now);
+        ByRow keep = ByRow{} + 1.0f;
+        if (std::memcmp(&before, &now, sizeof now))
+            for (int r = 0; r < count; ++r)
+                if (before[r] != now[r]) keep[r] = std::exp2(before[r] - now[r]);
+        store(to_.keep + first_, keep);
+        const ByRow shift = load<ByRow>(mean_logit) - (now > -kInfinity ? now : ByRow{});
         weigh(shift, count, running);
         if constexpr (A::kPerStep == 1) {
             for (int r = 0; r < count; ++r) {
@@ -116,23 +120,23 @@ class TileSoftmax {
         if (wide_) {
             const ByRow most = heaviest_ + 1e-30f;
             const ByRow inverse = kLargestPair / most, scale = most / kLargestPair;
+            store(to_.pair_scale + first_, scale);
             for (int r = 0; r < count; ++r) {
                 const Float total = to_float(round_to_pairs(r, inverse[r]));
                 RunningRow& sums = running[r];
                 sums.pairs = sums.pairs * to_.keep[first_ + r] + total * scale[r];
-                to_.pair_scale[first_ + r] = scale[r];
             }
         }
         if constexpr (A::kNarrow) {
             for (int r = 0; r < count; ++r) leave_out(r);
             const ByRow most = heaviest_ + 1e-30f;
             const ByRow inverse = kLargestQuad / most, scale = most / kLargestQuad;
+            store(to_.quad_scale + first_, scale);
             for (int r = 0; r < count; ++r) {
                 const Float total = to_float(round_to_quads(r, inverse[r]));
                 RunningRow& sums = running[r];
                 sums.quads = sums.quads * to_.keep[first_ + r] + total * scale[r];
                 if (to_.outlier[first_ + r] >= 0) sums.quads[0] += to_.outlier_weight[first_ + r];
-                to_.quad_scale[first_ + r] = scale[r];
             }
         }
     }
@@ -143,7 +147,10 @@ class TileSoftmax {
         to_.outlier[first_ + r] = -1;
         if (most * most * float(kTile) <= kOutlier * kOutlier * energy_[r]) return;
         float* weights = products_[r];
-        const int at = int(std::find(weights, weights + kTile, most) - weights);
+        Float place{};
+        for (int t = 0; t < kTile; t += kLanes)
+            place = maximum(place, load<Float>(weights + t) == most ? lane_numbers() + float(t) : Float{});
+        const int at = int(largest(place));
         to_.outlier[first_ + r] = at;
         to_.outlier_weight[first_ + r] = weights[at];
         weights[at] = 0;

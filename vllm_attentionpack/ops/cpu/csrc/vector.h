@@ -58,6 +58,11 @@ AP_INLINE V pinned(V value) {
 
 AP_INLINE Float splat(float x) { return Float{} + x; }
 AP_INLINE Int splat(int32_t x) { return Int{} + x; }
+AP_INLINE Float lane_numbers() {
+    Float x;
+    for (int i = 0; i < kLanes; ++i) x[i] = float(i);
+    return x;
+}
 AP_INLINE Float to_float(Int x) { return __builtin_convertvector(x, Float); }
 AP_INLINE Float to_float(Word x) { return __builtin_convertvector((Int)x, Float); }
 #if defined(AP_AVX512) || defined(AP_AVX512_VNNI)
@@ -67,6 +72,8 @@ AP_INLINE Float minimum(Float a, Float b) { return (Float)_mm512_min_ps((__m512)
 AP_INLINE Float maximum(Float a, Float b) { return a > b ? a : b; }
 AP_INLINE Float minimum(Float a, Float b) { return a < b ? a : b; }
 #endif
+
+AP_INLINE Float magnitude(Float x) { return (Float)((Word)x & 0x7fffffffu); }
 
 // To the nearest whole number, halves to even; |x| < 2**22. As a float and as an integer: adding
 // 1.5 * 2**23 leaves the integer in the low bits of the mantissa.
@@ -280,7 +287,11 @@ AP_INLINE Word load_bytes(const uint8_t* from, int count) {
 // The whole vector at `i`, or its first `count - i` lanes and zeros.
 AP_INLINE Float part(const float* from, int64_t i, int64_t count) {
     if (i + kLanes <= count) return load<Float>(from + i);
+#if defined(AP_AVX512) || defined(AP_AVX512_VNNI)
+    return (Float)_mm512_maskz_loadu_ps((__mmask16)((1u << (count - i)) - 1), from + i);
+#else
     return load_head<Float>(from + i, int((count - i) * 4));
+#endif
 }
 
 // Lanes 0 2 1 3 of every four.
