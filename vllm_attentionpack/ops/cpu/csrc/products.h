@@ -20,7 +20,6 @@ constexpr int kBlockVectors = 2;
 constexpr int kSub = 4 * kLanes;
 constexpr int kSubVectors = kSub / kLanes;
 constexpr int kSubWords = 64;
-constexpr int kSteps = 128;  // 255 * 32767 * 2 * 128 still fits an int32
 constexpr int kChunkVectors = 4;  // vectors of words that values have at a time
 
 // Planes whose codes may meet numbers of 8 bits.

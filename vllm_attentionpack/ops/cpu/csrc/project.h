@@ -106,10 +106,17 @@ class Projection {
         const int32_t* left = left_ + row * steps_ + step;
         const int64_t left_stride = steps_;
         clear(acc);
+        // The first rows ask for what comes after this segment, which is too much to be foreseen.
+        const Int* next = right + steps * kBlockVectors;
+        Stream ahead{row ? reinterpret_cast<const uint8_t*>(left_) : reinterpret_cast<const uint8_t*>(next),
+                     row ? 0 : int64_t(sizeof(Int))};
         for (int i = 0; i < steps; ++i, ++left, right += kBlockVectors) {
             Int column[kBlockVectors];
 #pragma GCC unroll 8
-            for (int n = 0; n < kBlockVectors; ++n) column[n] = pinned(right[n]);
+            for (int n = 0; n < kBlockVectors; ++n) {
+                column[n] = pinned(right[n]);
+                ahead.next();
+            }
             add_step<Integers<false>>(left, left_stride, column, acc);
         }
         // Copies: after a store the compiler would read anew whatever it had not copied.

@@ -27,10 +27,13 @@ T* take(uint8_t*& memory, int64_t count) {
     return result;
 }
 
-// Words of a plane that share a scale of the queries and are multiplied at a time.
+// Words of a plane that share a scale of the queries and are multiplied at a time. Sums of 16-bit
+// numbers times codes fit an int32.
 template <class A>
 AP_INLINE int64_t words_per_segment(int64_t bits) {
-    const int64_t fit = std::min<int64_t>(kSteps * A::kPerStep * bits / 32, kSubWords);
+    if (A::kPerStep == 1) return kSubWords;
+    const int64_t dims = INT32_MAX / (int64_t(kLargest16) * ((1 << bits) - 1));
+    const int64_t fit = std::min<int64_t>(dims * bits / 32, kSubWords);
     return A::kNarrow && bits == 2 ? std::min<int64_t>(fit, kQuadSteps * bits / 8) : fit;
 }
 

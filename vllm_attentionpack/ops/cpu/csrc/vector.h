@@ -211,7 +211,7 @@ AP_INLINE Int dot(Int acc, Int a, Int b) {
 #if defined(AP_AVX512) || defined(AP_AVX2)
 constexpr int kQuadSteps = 32;
 #else
-constexpr int kQuadSteps = 64;
+constexpr int kQuadSteps = 1 << 20;
 #endif
 template <int BITS>
 AP_INLINE Int dot_quad(Int acc, Int unsigned_bytes, Int signed_bytes) {
