@@ -309,7 +309,7 @@ def _project(
     threads, mean = torch.get_num_threads(), None if shift is None else shift.data_ptr()
     args = (_Project * len(x))(
         *(
-            (
+            _Project(
                 threads,
                 *rows.shape[:3],
                 to.shape[3],

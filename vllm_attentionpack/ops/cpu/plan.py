@@ -90,9 +90,7 @@ class CpuPlan:
             order = value_order(counts, lanes)
             decode = torch.where((order >= 0)[:, None], decode[:, :, order.clamp_min(0)], 0.0)
             up = torch.cat([decode.flatten(1, 2), mean], 1)
-            ups.append(
-                map_of(up, counts, [*value_lanes(counts, lanes) * modalities, modalities])
-            )
+            ups.append(map_of(up, counts, [*value_lanes(counts, lanes) * modalities, modalities]))
             self.widths.append(up.shape[1] + -up.shape[1] % panel)
             self.encode.append({kind: tables_of(getattr(group, kind)) for kind in KINDS})
         self.absorb, self.up = MapList(absorbs), MapList(ups)
@@ -103,7 +101,7 @@ class CpuPlan:
     def table(self, block_size: int) -> Tensor:
         """int64 `[groups, 2, SIDE_FIELDS]`: `Group` of csrc/api.h for each head group."""
         if block_size not in self._tables:
-            widths = {"key": self.query_widths, "value": self.widths}
+            widths: dict[Kind, list[int]] = {"key": self.query_widths, "value": self.widths}
             self._tables[block_size] = _layout_table(self._codec.layout, block_size, widths)
         return self._tables[block_size]
 
