@@ -203,13 +203,14 @@ inline ByRow largest_magnitudes(const float* const* rows, int64_t first, int64_t
     return largest_by_row(top);
 }
 
-// Whole numbers for `count` floats times `factor`, which T must hold; returns sums of them by lane.
+// Whole numbers for `count` floats times `factor`, which T must hold; returns sums of them by lane. Floats
+// come in the order in which pairs take the bytes of a word, 0 2 1 3; quads take them as they lie.
 template <class T>
 AP_INLINE Float quantize(const float* from, int64_t count, float factor, void* to) {
     Int sums{};
     for (int64_t i = 0; i < count; i += kLanes) {
         const Int rounded = to_int(part(from, i, count) * factor);
-        const auto narrow = narrowed<T>(rounded);
+        const auto narrow = narrowed<T>(sizeof(T) == 1 ? middle_swapped(rounded) : rounded);
         const int64_t lanes = std::min<int64_t>(kLanes, count - i);
         if (lanes == kLanes)
             store(static_cast<T*>(to) + i, narrow);
@@ -218,15 +219,6 @@ AP_INLINE Float quantize(const float* from, int64_t count, float factor, void* t
         sums += rounded;
     }
     return to_float(sums);
-}
-
-// Latent dims come in the order in which pairs take the bytes of a word, 0 2 1 3; quads take them
-// as they lie.
-AP_INLINE void order_quads(int32_t* quads, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-        const uint32_t q = uint32_t(quads[i]);
-        quads[i] = int32_t((q & 0xff0000ffu) | (q & 0xff00u) << 8 | (q & 0xff0000u) >> 8);
-    }
 }
 
 }  // namespace

@@ -139,7 +139,6 @@ class Queries {
             for (int64_t r = 0; r < count; ++r) {
                 int32_t* out = to.steps + (first + r) * to.stride + dim * int64_t(sizeof(T)) / 4;
                 sums[r] = quantize<T>(rows[r] + dim, dims, factor[r], out);
-                if (sizeof(T) == 1) order_quads(out, dims / 4);
                 highest = std::max(highest, most[r]);
             }
             const ByRow shift = -scale * zero * sum_by_row(sums);
