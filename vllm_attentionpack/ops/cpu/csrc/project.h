@@ -53,7 +53,8 @@ class Projection {
     void prepare(int64_t first, int64_t row, int64_t count) {
         const float* x[kRowGroup];
         for (int64_t r = 0; r < count; ++r) {
-            const int64_t from = first + row + r, token = from / args_.repeats, repeat = from % args_.repeats;
+            const int64_t from = first + row + r;
+            const int64_t token = from / args_.repeats, repeat = from % args_.repeats;
             x[r] = read(batch_ * args_.x_batch + token * args_.x_token + repeat * args_.x_repeat,
                         floats_ + r * whole(depth_));
             out_[row + r] = args_.out + batch_ * args_.out_batch + token * args_.out_token +

@@ -94,11 +94,12 @@ class Queries {
             const int64_t dims = words * 32 / plane.bits;
             reach[segment] = -1;
             widened[segment] = !(A::kNarrow && by_quads(plane.bits));
-            if (widened[segment])
+            if (widened[segment]) {
                 set_wide(plane, segment, dim, dims);
-            else
-                reach[segment] = quad_reach(plane.bits, set<int8_t>(quads, plane, segment, dim, dims, kLargest8),
-                                            key.rank);
+            } else {
+                const float most = set<int8_t>(quads, plane, segment, dim, dims, kLargest8);
+                reach[segment] = quad_reach(plane.bits, most, key.rank);
+            }
             dim += dims;
             ++segment;
         });

@@ -147,7 +147,8 @@ AP_INLINE ByRow reduce_by_row(const Float (&x)[kRowGroup], F f) {
     for (int i = 0; i < 4; ++i)
         b[i] = f(_mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]));
     for (int i = 0; i < 2; ++i)
-        c[i] = f(_mm256_shuffle_ps(b[2 * i], b[2 * i + 1], 0x44), _mm256_shuffle_ps(b[2 * i], b[2 * i + 1], 0xee));
+        c[i] = f(_mm256_shuffle_ps(b[2 * i], b[2 * i + 1], 0x44),
+                 _mm256_shuffle_ps(b[2 * i], b[2 * i + 1], 0xee));
     return (ByRow)f(_mm256_permute2f128_ps(c[0], c[1], 0x20), _mm256_permute2f128_ps(c[0], c[1], 0x31));
 }
 AP_INLINE ByRow sum_by_row(const Float (&x)[kRowGroup]) {

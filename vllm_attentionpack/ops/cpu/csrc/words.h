@@ -205,7 +205,8 @@ AP_NOINLINE void key_words(R tokens, int vectors, int64_t byte, int64_t count, W
         if (NarrowRun::fits(tokens.bytes)) return NarrowRun(tokens).keys(vectors, count, out);
     for (int64_t w = 0; w < count; w += 4, out += 4 * kSubVectors)
         for (int v = 0; v < vectors; ++v)
-            transpose_words(tokens.from(v * kLanes), byte + 4 * w, reinterpret_cast<uint32_t*>(out + v), kSub);
+            transpose_words(tokens.from(v * kLanes), byte + 4 * w, reinterpret_cast<uint32_t*>(out + v),
+                            kSub);
 }
 
 // `bytes` bytes from `byte` on, of four tokens to a word, into [words][kChunkVectors]; of latents of 16
