@@ -33,8 +33,8 @@ class CpuQuery:
     """Absorbed queries.
 
     Attributes:
-        latent: float32 `[G, T, repeats, M * (Rk + 1)]` per head group: latent queries of each
-            modality, then the logits of the mean keys.
+        latent: float32 `[G, T, repeats, M * (Rk + 1) or more]` per head group: latent queries of
+            each modality, then the logits of the mean keys.
         dtype: of the model; decides how exact the arithmetic is.
     """
 
@@ -47,8 +47,8 @@ class CpuAttended:
     """What attention over codes yields, normalised.
 
     Attributes:
-        latent: float32 `[G, T, repeats, M * (lanes of V + 1)]` per head group: sums of value
-            latents of each modality, then the softmax weight of each.
+        latent: float32 `[G, T, repeats, M * (lanes of V + 1) or more]` per head group: sums of
+            value latents of each modality, then the softmax weight of each.
         lse: float32 `[T, Hq]`, natural log-sum-exp of the logits; `-inf` over no token.
         dtype: of the model.
     """
@@ -159,7 +159,11 @@ def absorb_query(query: Tensor, codec: LayerCodec, scale: float) -> CpuQuery:
         query = query.contiguous()
     by_head = query.unflatten(1, (codec.layout.num_kv_heads, -1)).transpose(0, 1)
     groups = by_head.split(codec.layout.heads_per_group)  # [G, T, repeats, D] each
-    latent = [absorb(x, scale) for absorb, x in zip(plan.absorb, groups, strict=True)]
+    latent = [
+        x.new_empty(*x.shape[:3], width, dtype=torch.float32)
+        for x, width in zip(groups, plan.query_widths, strict=True)
+    ]
+    plan.absorb.into(latent, groups, scale)
     return CpuQuery(latent, query.dtype)
 
 
@@ -200,8 +204,7 @@ def up_project(attended: CpuAttended, codec: LayerCodec) -> Tensor:
     layout = codec.layout
     out = attended.lse.new_empty(tokens, layout.num_kv_heads, repeats, layout.head_size)
     groups = out.transpose(0, 1).split(layout.heads_per_group)  # [G, T, repeats, D] each
-    for up, part, latent in zip(plan.up, groups, attended.latent, strict=True):
-        up.into(part, latent)
+    plan.up.into(groups, attended.latent)
     return out.flatten(1, 2)
 
 
@@ -218,4 +221,4 @@ def exact_attention(
 
 
 def _plan(codec: LayerCodec, dtype: torch.dtype) -> CpuPlan:
-    return plan_of(codec, library.kernels().lanes, dtype in PACKED)
+    return plan_of(codec, library.kernels(), dtype in PACKED)

@@ -23,8 +23,8 @@ LIBRARY_VARIABLE = "ATTENTIONPACK_CPU_LIBRARY"
 
 _MODULE = "vllm_attentionpack.ops.cpu._kernels"
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
-#: int64 numbers of `Side` in csrc/api.h: planes, rank, scales and three planes of four.
-SIDE_FIELDS = 15
+#: int64 numbers of `Side` in csrc/api.h: planes, rank, scales, width and three planes of four.
+SIDE_FIELDS = 16
 
 
 class _Attend(ctypes.Structure):
@@ -82,6 +82,10 @@ class _Exact(ctypes.Structure):
 _EXACT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
+class _Sizes(ctypes.Structure):
+    _fields_ = tuple((name, _INT) for name in ("lanes", "panel", "segment", "largest"))
+
+
 @dataclass(frozen=True)
 class Kernels:
     """The kernels of one instruction set.
@@ -91,12 +95,18 @@ class Kernels:
         handle: what its functions take as their first argument.
         name: of the instruction set.
         lanes: 32-bit lanes of its vectors, on which the order of attended latents depends.
+        panel: columns of a packed matrix that lie together.
+        segment: most rows of it that share the scales of their columns.
+        largest: integer of it; the sum of so many products of two such integers fits 32 bits.
     """
 
     library: ctypes.CDLL
     handle: int
     name: str
     lanes: int
+    panel: int
+    segment: int
+    largest: int
 
 
 @cache
@@ -117,12 +127,12 @@ def _load() -> ctypes.CDLL | str:
     library.ap_kernels.argtypes = (ctypes.c_char_p,)
     library.ap_name.restype = ctypes.c_char_p
     library.ap_name.argtypes = (_POINTER,)
-    library.ap_lanes.restype = _INT
-    library.ap_lanes.argtypes = (_POINTER,)
-    for name in ("attend", "store", "project", "unpack", "exact"):
+    for name in ("sizes", "attend", "store", "unpack", "exact"):
         run = getattr(library, f"ap_{name}")
         run.restype = None
         run.argtypes = (_POINTER, _POINTER)
+    library.ap_project.restype = None
+    library.ap_project.argtypes = (_POINTER, _POINTER, _INT)
     return library
 
 
@@ -135,7 +145,10 @@ def find_kernels(name: str = "") -> Kernels | str:
     handle = library.ap_kernels(name.encode())
     if not handle:
         return f"this machine does not have the instruction set '{name}'."
-    return Kernels(library, handle, library.ap_name(handle).decode(), library.ap_lanes(handle))
+    sizes = _Sizes()
+    library.ap_sizes(handle, ctypes.addressof(sizes))
+    name = library.ap_name(handle).decode()
+    return Kernels(library, handle, name, sizes.lanes, sizes.panel, sizes.segment, sizes.largest)
 
 
 def kernels() -> Kernels:
@@ -157,8 +170,8 @@ _LIBRARY.define(
     "Tensor? visual, Tensor layout, Tensor(a!) kv_cache, int block_size) -> ()"
 )
 _LIBRARY.define(
-    "cpu_project(Tensor x, Tensor? shift, Tensor matrix, Tensor scale, Tensor bounds, "
-    "float factor, Tensor(a!) out) -> ()"
+    "cpu_project(Tensor[] x, Tensor? shift, Tensor[] matrix, Tensor[] scale, Tensor[] bounds, "
+    "float factor, Tensor(a!)[] out) -> ()"
 )
 _LIBRARY.define(
     "cpu_unpack(Tensor kv_cache, Tensor blocks, Tensor layout, int rank, int tokens, "
@@ -187,9 +200,9 @@ def _attend(
     """See `plan.py` for layouts and orders.
 
     Args:
-        queries: float32 `[G, T, repeats, M * (Rk + 1)]` per head group.
+        queries: float32 `[G, T, repeats, width of K]` per head group.
         layout: int64 `[groups, 2, SIDE_FIELDS]`.
-        widths: per head group, floats of one row of the result, `M * (lanes + 1)`.
+        widths: per head group, floats of one row of the result.
         kv_cache: uint8 `[num_blocks, block_bytes]`, rows contiguous.
         block_table: int32 `[B, max_blocks]`.
         starts: int32 `[B]`, or None for zeros.
@@ -294,43 +307,49 @@ def _store(
 
 
 def _project(
-    x: Tensor,
+    x: list[Tensor],
     shift: Tensor | None,
-    matrix: Tensor,
-    scale: Tensor,
-    bounds: Tensor,
+    matrix: list[Tensor],
+    scale: list[Tensor],
+    bounds: list[Tensor],
     factor: float,
-    out: Tensor,
+    out: list[Tensor],
 ) -> None:
-    """`out[b] = factor * (x[b] - shift) @ matrix[b]`.
+    """`out[i][b] = factor * (x[i][b] - shift) @ matrix[i][b]`.
 
     Args:
-        x: bfloat16 or float32 `[B, T, repeats, depth]`, contiguous along a row.
+        x: bfloat16 or float32 `[B, T, repeats, depth or more]` each, contiguous along a row.
         shift: float32 `[depth]`, contiguous; None for zero.
         matrix: int16, with `scale` and `bounds`; see `maps.PackedMap`.
         scale: float32.
         bounds: int64.
         factor: of the result.
-        out: float32 `[B, T, repeats, width]`, contiguous along a row; mutated.
+        out: float32 `[B, T, repeats, width]` each, contiguous along a row; mutated.
     """
     chosen = kernels()
-    args = _Project(
-        torch.get_num_threads(),
-        *x.shape[:3],
-        out.shape[3],
-        bounds.shape[0] - 1,
-        *x.stride()[:3],
-        *out.stride()[:3],
-        x.dtype == torch.bfloat16,
-        factor,
-        None if shift is None else shift.data_ptr(),
-        bounds.data_ptr(),
-        x.data_ptr(),
-        matrix.data_ptr(),
-        scale.data_ptr(),
-        out.data_ptr(),
+    threads, mean = torch.get_num_threads(), None if shift is None else shift.data_ptr()
+    args = (_Project * len(x))(
+        *(
+            _Project(
+                threads,
+                *rows.shape[:3],
+                to.shape[3],
+                ends.shape[0] - 1,
+                *rows.stride()[:3],
+                *to.stride()[:3],
+                rows.dtype == torch.bfloat16,
+                factor,
+                mean,
+                ends.data_ptr(),
+                rows.data_ptr(),
+                steps.data_ptr(),
+                units.data_ptr(),
+                to.data_ptr(),
+            )
+            for rows, steps, units, ends, to in zip(x, matrix, scale, bounds, out, strict=True)
+        )
     )
-    chosen.library.ap_project(chosen.handle, ctypes.addressof(args))
+    chosen.library.ap_project(chosen.handle, ctypes.addressof(args), len(x))
 
 
 def _unpack(

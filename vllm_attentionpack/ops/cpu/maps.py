@@ -14,19 +14,16 @@ from torch.nn.functional import pad
 
 from vllm_attentionpack.ops.cpu import library
 
-#: Most rows of a packed matrix that share the scales of their columns, and the largest integer: the
-#: sum of so many products of two such integers fits 32 bits. Both as in csrc.
-SEGMENT, LARGEST = 128, 4095
-BLOCK_VECTORS = 2
-
 
 class Map(ABC):
     """`depth` to `width` numbers, one matrix for each of `B` batches.
 
     Attributes:
+        depth: of what it takes.
         width: of the results.
     """
 
+    depth: int
     width: int
 
     @abstractmethod
@@ -37,16 +34,10 @@ class Map(ABC):
 
         Args:
             out: float32 `[B, T, repeats, width]`, contiguous along a row; mutated.
-            x: `[B, T, repeats, depth]`, contiguous along a row.
+            x: `[B, T, repeats, depth or more]`, contiguous along a row.
             factor: of the result.
             shift: float32 `[depth]`; None for zero.
         """
-
-    def __call__(self, x: Tensor, factor: float = 1.0) -> Tensor:
-        """As `into`, in a new tensor."""
-        out = x.new_empty(*x.shape[:3], self.width, dtype=torch.float32)
-        self.into(out, x, factor)
-        return out
 
 
 class FloatMap(Map):
@@ -54,11 +45,12 @@ class FloatMap(Map):
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix.contiguous()
-        self.width = matrix.shape[2]
+        self.depth, self.width = matrix.shape[1:]
 
     def into(
         self, out: Tensor, x: Tensor, factor: float = 1.0, shift: Tensor | None = None
     ) -> None:
+        x = x[..., : self.depth]
         rows = x.float() if shift is None else torch.sub(x, shift)
         rows = (rows if factor == 1 else rows * factor).flatten(1, 2)
         out.copy_(torch.bmm(rows, self.matrix).unflatten(1, x.shape[1:3]))
@@ -69,33 +61,50 @@ class PackedMap(Map):
 
     Attributes:
         matrix: int16 `[B, panels, steps, columns of a panel, 2]`: a step is two rows, a panel what
-            `BLOCK_VECTORS` vectors hold; zero where there is no row or column.
+            register block holds; zero where there is no row or column.
         scale: float32 `[B, segments, columns of all panels]`, of the columns of each segment.
         bounds: int64 `[segments + 1]`, the first row of each segment and the end.
-        width: columns.
     """
 
-    def __init__(self, matrix: Tensor, lanes: int, runs: Sequence[int]) -> None:
+    def __init__(self, matrix: Tensor, kernels: library.Kernels, runs: Sequence[int]) -> None:
         """From float32 `[B, depth, width]`.
 
         `runs`: numbers of rows that are multiplied with numbers of one magnitude, even but for the
         last. Rounding is to the largest of a segment, and a segment is part of one run.
         """
-        panel = BLOCK_VECTORS * lanes
-        width = matrix.shape[2]
-        panels = -(-width // panel)
-        matrix = pad(matrix, (0, panels * panel - width, 0, matrix.shape[1] % 2))
-        lengths = [min(SEGMENT, run - at) for run in runs for at in range(0, run, SEGMENT)]
+        panel, segment = kernels.panel, kernels.segment
+        self.depth, self.width = matrix.shape[1:]
+        panels = -(-self.width // panel)
+        matrix = pad(matrix, (0, panels * panel - self.width, 0, self.depth % 2))
+        lengths = [min(segment, run - at) for run in runs for at in range(0, run, segment)]
         parts = matrix.split([n + n % 2 for n in lengths], 1)
-        scales = [part.abs().amax(1, keepdim=True).clamp_min(1e-30) / LARGEST for part in parts]
+        most = [part.abs().amax(1, keepdim=True).clamp_min(1e-30) for part in parts]
+        scales = [each / kernels.largest for each in most]
         steps = torch.cat([part / scale for part, scale in zip(parts, scales, strict=True)], 1)
         steps = steps.round().to(torch.int16).unflatten(1, (-1, 2)).unflatten(3, (panels, panel))
         self.matrix = steps.permute(0, 3, 1, 4, 2).contiguous()
         self.scale = torch.cat(scales, 1)
         self.bounds = torch.tensor([0, *accumulate(lengths)])
-        self.width = width
 
     def into(
         self, out: Tensor, x: Tensor, factor: float = 1.0, shift: Tensor | None = None
     ) -> None:
-        library.project(x, shift, self.matrix, self.scale, self.bounds, factor, out)
+        library.project([x], shift, [self.matrix], [self.scale], [self.bounds], factor, [out])
+
+
+class MapList:
+    """Several maps, of which packed ones go in one call; each as `Map.into`."""
+
+    def __init__(self, maps: Sequence[Map]) -> None:
+        self.maps = maps
+        packed = [each for each in maps if isinstance(each, PackedMap)]
+        self._matrix = [each.matrix for each in packed]
+        self._scale = [each.scale for each in packed]
+        self._bounds = [each.bounds for each in packed]
+
+    def into(self, out: Sequence[Tensor], x: Sequence[Tensor], factor: float = 1.0) -> None:
+        if len(self._matrix) == len(self.maps):
+            library.project(x, None, self._matrix, self._scale, self._bounds, factor, out)
+            return
+        for each, to, rows in zip(self.maps, out, x, strict=True):
+            each.into(to, rows, factor)

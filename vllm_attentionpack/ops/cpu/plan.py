@@ -16,11 +16,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vllm_attentionpack.codec.codec import LayerCodec, PlaneCodec
 from vllm_attentionpack.codec.layout import KINDS, Kind, LayerLayout, Plane, PlaneCounts
-from vllm_attentionpack.ops.cpu.library import SIDE_FIELDS
-from vllm_attentionpack.ops.cpu.maps import FloatMap, Map, PackedMap
+from vllm_attentionpack.ops.cpu.library import SIDE_FIELDS, Kernels
+from vllm_attentionpack.ops.cpu.maps import FloatMap, Map, MapList, PackedMap
 
 
 @dataclass(frozen=True)
@@ -41,31 +42,34 @@ class EncodeTables:
 
 
 class CpuPlan:
-    """The tables of one layer for vectors of `lanes` lanes.
+    """The tables of one layer for the kernels of one instruction set.
 
     `packed`: whether the maps may be matrices of 16-bit integers. Planes of bfloat16 latents, which
     are there to change nothing, keep float32.
 
     Attributes:
         absorb: per head group, `[G, T, repeats, D]` to the latent query of each modality in the
-            kernels' order, then the logit of each mean key, `[.., M * (Rk + 1)]`.
+            kernels' order, then the logit of each mean key, `[.., M * (Rk + 1)]`, and zeros.
         up: per head group, the inverse for values, with the weights of the means last,
-            `[G, T, repeats, M * (lanes of V + 1)]` to `[.., D]`.
+            `[G, T, repeats, M * (lanes of V + 1) or more]` to `[.., D]`.
         encode: per head group and kind.
-        widths: of what `up` takes.
+        query_widths, widths: per head group, floats of a row that `absorb` gives and `up` takes:
+            whole panels, since a vector that lies across two cache lines costs twice as much.
     """
 
-    def __init__(self, codec: LayerCodec, lanes: int, packed: bool) -> None:
+    def __init__(self, codec: LayerCodec, kernels: Kernels, packed: bool) -> None:
         layout = codec.layout
         modalities = codec.num_modalities
-        self.absorb: list[Map] = []
-        self.up: list[Map] = []
+        lanes, panel = kernels.lanes, kernels.panel
+        absorbs: list[Map] = []
+        ups: list[Map] = []
         self.encode: list[dict[Kind, EncodeTables]] = []
+        self.query_widths: list[int] = []
         self.widths: list[int] = []
 
         def map_of(matrix: Tensor, counts: PlaneCounts, runs: Sequence[int]) -> Map:
             if packed and not counts.n16:
-                return PackedMap(matrix, lanes, runs)
+                return PackedMap(matrix, kernels, runs)
             return FloatMap(matrix)
 
         def tables_of(source: PlaneCodec) -> EncodeTables:
@@ -78,17 +82,18 @@ class CpuPlan:
             decode, mean = _by_head(group.key, layout)
             decode = decode[:, :, key_order(counts)]
             absorb = torch.cat([decode.flatten(1, 2), mean], 1).mT  # [G, D, M * (R + 1)]
-            self.absorb.append(map_of(absorb, counts, [layout.head_size]))
+            absorb = pad(absorb, (0, -absorb.shape[2] % panel))
+            absorbs.append(map_of(absorb, counts, [layout.head_size]))
+            self.query_widths.append(absorb.shape[2])
             counts = group.value.counts
             decode, mean = _by_head(group.value, layout)
             order = value_order(counts, lanes)
             decode = torch.where((order >= 0)[:, None], decode[:, :, order.clamp_min(0)], 0.0)
             up = torch.cat([decode.flatten(1, 2), mean], 1)
-            self.up.append(
-                map_of(up, counts, [*value_lanes(counts, lanes) * modalities, modalities])
-            )
-            self.widths.append(up.shape[1])
+            ups.append(map_of(up, counts, [*value_lanes(counts, lanes) * modalities, modalities]))
+            self.widths.append(up.shape[1] + -up.shape[1] % panel)
             self.encode.append({kind: tables_of(getattr(group, kind)) for kind in KINDS})
+        self.absorb, self.up = MapList(absorbs), MapList(ups)
         self._codec = codec
         self._tables: dict[int, Tensor] = {}
         self._decode: dict[torch.dtype, list[dict[Kind, tuple[Tensor, Tensor]]]] = {}
@@ -96,7 +101,8 @@ class CpuPlan:
     def table(self, block_size: int) -> Tensor:
         """int64 `[groups, 2, SIDE_FIELDS]`: `Group` of csrc/api.h for each head group."""
         if block_size not in self._tables:
-            self._tables[block_size] = _layout_table(self._codec.layout, block_size)
+            widths: dict[Kind, list[int]] = {"key": self.query_widths, "value": self.widths}
+            self._tables[block_size] = _layout_table(self._codec.layout, block_size, widths)
         return self._tables[block_size]
 
     def decode(self, dtype: torch.dtype) -> list[dict[Kind, tuple[Tensor, Tensor]]]:
@@ -113,15 +119,16 @@ class CpuPlan:
         return self._decode[dtype]
 
 
-_PLANS: "WeakKeyDictionary[LayerCodec, dict[tuple[int, bool], CpuPlan]]" = WeakKeyDictionary()
+_PLANS: "WeakKeyDictionary[LayerCodec, dict[tuple[str, bool], CpuPlan]]" = WeakKeyDictionary()
 
 
-def plan_of(codec: LayerCodec, lanes: int, packed: bool) -> CpuPlan:
+def plan_of(codec: LayerCodec, kernels: Kernels, packed: bool) -> CpuPlan:
     """The plan of a codec; made when first asked for and kept as long as the codec lives."""
     plans = _PLANS.setdefault(codec, {})
-    if (lanes, packed) not in plans:
-        plans[lanes, packed] = CpuPlan(codec, lanes, packed)
-    return plans[lanes, packed]
+    key = kernels.name, packed
+    if key not in plans:
+        plans[key] = CpuPlan(codec, kernels, packed)
+    return plans[key]
 
 
 def key_order(counts: PlaneCounts) -> Tensor:
@@ -177,14 +184,15 @@ def _by_head(codec: PlaneCodec, layout: LayerLayout) -> tuple[Tensor, Tensor]:
     return decode, mean
 
 
-def _layout_table(layout: LayerLayout, block_size: int) -> Tensor:
+def _layout_table(layout: LayerLayout, block_size: int, widths: dict[Kind, list[int]]) -> Tensor:
     owners: dict[tuple[int, Kind], list[Plane]] = {}
     for plane in layout.planes(block_size):
         owners.setdefault((plane.group, plane.kind), []).append(plane)
     table = torch.zeros(len(layout.groups), len(KINDS), SIDE_FIELDS, dtype=torch.int64)
     for (group, kind), owned in owners.items():
         *codes, scales = owned
-        numbers = [len(codes), getattr(layout.groups[group], kind).rank, scales.offset]
+        rank = getattr(layout.groups[group], kind).rank
+        numbers = [len(codes), rank, scales.offset, widths[kind][group]]
         for plane in codes:
             numbers += [plane.bits, plane.dims, plane.bytes_per_token, plane.offset]
         table[group, KINDS.index(kind), : len(numbers)] = torch.tensor(numbers)

@@ -13,9 +13,10 @@ struct Plane {
     int64_t bits, dims, bytes, offset;
 };
 
-// All planes of one (head group, K|V). `scales` is the offset of its plane of scales.
+// All planes of one (head group, K|V). `scales` is the offset of its plane of scales, `width` how many
+// floats a row has in `queries` or `outputs`, some of them for alignment alone.
 struct Side {
-    int64_t num_planes, rank, scales;
+    int64_t num_planes, rank, scales, width;
     Plane planes[3];
 };
 
@@ -38,8 +39,8 @@ struct Attend {
     const int32_t* starts;  // null: all zero
     const int32_t* stops;
     const int32_t* query_start_loc;
-    const float* const* queries;  // per group [G, T, repeats, M * (Rk + 1)]
-    float* const* outputs;        // per group [G, T, repeats, M * (lanes of V + 1)]
+    const float* const* queries;  // per group [G, T, repeats, M * (Rk + 1) and more]
+    float* const* outputs;        // per group [G, T, repeats, M * (lanes of V + 1) and more]
     float* lse;                   // [T, Hq]
 };
 
@@ -47,6 +48,9 @@ struct Attend {
 // its rows in segments of at most kSegment that have a scale per column; see `maps.py` for the
 // order. Rows of `x` are numbered (token, repeat); strides count elements, those along a row are one.
 constexpr int64_t kSegment = 128;
+// Of the integers, of both sides: so many products of two still fit an int32.
+constexpr int64_t kLargest = 4095;
+static_assert(kSegment * kLargest * kLargest <= INT32_MAX);
 
 struct Project {
     int64_t threads, batch, tokens, repeats, width, segments;
@@ -90,6 +94,11 @@ struct Exact {
     const int32_t* query_start_loc;  // [B + 1]
     float* out;                      // [T, Hq, D]
     float* lse;                      // [T, Hq]
+};
+
+// What `maps.py` needs to know: lanes of a vector, columns of a panel, and the constants above.
+struct Sizes {
+    int64_t lanes, panel, segment, largest;
 };
 
 struct Store {

@@ -9,7 +9,6 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <vector>
 
@@ -44,7 +43,6 @@ bool runs_here(const Kernels& kernels) {
 constexpr int64_t kShortest = 256;      // tokens of context that a piece is worth
 constexpr int64_t kPiecesPerThread = 4;  // so that threads end together
 constexpr int64_t kUsualRows = 32;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Memory that is kept between calls; begins with a cache line.
 struct Area {
@@ -70,6 +68,7 @@ uint8_t* thread_memory(int64_t bytes) {
 template <class F>
 void parallel(int64_t threads, int64_t items, F work) {
     std::atomic<int64_t> next{0};
+    if (items == 0) return;
     const int64_t team = std::max<int64_t>(1, std::min(threads, items));
 #pragma omp parallel num_threads(team)
     for (int64_t i; (i = next.fetch_add(1)) < items;) work(i);
@@ -137,58 +136,22 @@ Plan cut(const Attend& args) {
 
 int64_t whole_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
 
+int64_t head_floats(const Attend& args, const Piece& piece) {
+    return whole_lines((2 + kMaxPlanes) * args.modalities * piece.rows);
+}
+
 int64_t result_floats(const Attend& args, const Piece& piece, int64_t lanes) {
-    const int64_t rows = args.modalities * piece.rows;
-    return whole_lines(2 * rows) + whole_lines(rows * lanes);
+    return head_floats(args, piece) + whole_lines(args.modalities * piece.rows * lanes);
 }
 
 // Sums begin with a cache line, as `memory` does: vectors that lie across two lines cost a third of
 // the time.
 void place(const Attend& args, Piece& piece, float* memory) {
+    const int64_t rows = args.modalities * piece.rows;
     piece.top = memory;
-    piece.total = memory + args.modalities * piece.rows;
-    piece.sums = memory + whole_lines(2 * args.modalities * piece.rows);
-}
-
-// Writes the rows of a unit from its pieces, normalised.
-void merge(const Attend& args, const Unit& unit, const Piece* pieces, int64_t lanes) {
-    const Piece& whole = unit.whole;
-    const int64_t heads = args.heads_per_group * args.repeats;
-    const int64_t modalities = args.modalities, width = modalities * (lanes + 1);
-    for (int64_t row = 0; row < whole.rows; ++row) {
-        const int64_t token = whole.first_token + (whole.first_row + row) / heads;
-        const int64_t head = (whole.first_row + row) % heads;
-        const int64_t kv = head / args.repeats, repeat = head % args.repeats;
-        float* out = args.outputs[whole.group] +
-                     ((kv * args.tokens + token) * args.repeats + repeat) * width;
-        float top = -kInfinity;
-        for (int64_t p = 0; p < unit.pieces; ++p)
-            for (int64_t m = 0; m < modalities; ++m)
-                top = std::max(top, pieces[p].top[m * whole.rows + row]);
-        float& lse = args.lse[token * args.num_groups * heads + whole.group * heads + head];
-        std::memset(out, 0, width * sizeof(float));
-        if (top == -kInfinity) {
-            lse = -kInfinity;
-            continue;
-        }
-        float total = 0;
-        for (int64_t p = 0; p < unit.pieces; ++p)
-            for (int64_t m = 0; m < modalities; ++m)
-                total += std::exp(pieces[p].top[m * whole.rows + row] - top) *
-                         pieces[p].total[m * whole.rows + row];
-        lse = top + std::log(total);
-        for (int64_t p = 0; p < unit.pieces; ++p) {
-            for (int64_t m = 0; m < modalities; ++m) {
-                const int64_t at = m * whole.rows + row;
-                if (pieces[p].top[at] == -kInfinity) continue;
-                const float share = std::exp(pieces[p].top[at] - top) / total;
-                const float* sums = pieces[p].sums + at * lanes;
-                float* to = out + m * lanes;
-                for (int64_t i = 0; i < lanes; ++i) to[i] += share * sums[i];
-                out[modalities * lanes + m] += share * pieces[p].total[at];
-            }
-        }
-    }
+    piece.total = piece.top + rows;
+    piece.zeros = piece.total + rows;
+    piece.sums = memory + head_floats(args, piece);
 }
 
 }  // namespace
@@ -208,7 +171,10 @@ const void* ap_kernels(const char* name) {
 
 const char* ap_name(const void* kernels) { return static_cast<const Kernels*>(kernels)->name; }
 
-int64_t ap_lanes(const void* kernels) { return static_cast<const Kernels*>(kernels)->lanes; }
+void ap_sizes(const void* chosen, Sizes* sizes) {
+    const Kernels& kernels = *static_cast<const Kernels*>(chosen);
+    *sizes = {kernels.lanes, kernels.panel, kSegment, kLargest};
+}
 
 void ap_attend(const void* chosen, const Attend* args) {
     const Kernels& kernels = *static_cast<const Kernels*>(chosen);
@@ -239,25 +205,27 @@ void ap_attend(const void* chosen, const Attend* args) {
             owner[unit.first_piece + p] = int64_t(u);
             if (unit.pieces == 1) continue;
             place(*args, piece, next);
-            next += result_floats(*args, unit.whole, lanes[unit.whole.group]);
+            next += result_floats(*args, piece, lanes[piece.group]);
         }
     }
     const int64_t scratch = kernels.attend_memory(*args, most_rows, widest_rank);
     const int64_t aligned = (scratch + 63) / 64 * 64;
     parallel(args->threads, int64_t(plan.pieces.size()), [&](int64_t i) {
         Piece& piece = plan.pieces[i];
-        const Unit& unit = plan.units[owner[i]];
+        const bool alone = plan.units[owner[i]].pieces == 1;
         uint8_t* memory = thread_memory(aligned + widest_result * int64_t(sizeof(float)));
-        if (unit.pieces == 1) place(*args, piece, reinterpret_cast<float*>(memory + aligned));
+        if (alone) place(*args, piece, reinterpret_cast<float*>(memory + aligned));
         kernels.attend(*args, piece, memory);
-        if (unit.pieces == 1) merge(*args, unit, &piece, lanes[piece.group]);
+        if (alone) kernels.merge(*args, &piece, 1, 0, piece.rows);
     });
     std::vector<const Unit*> parted;
     for (const Unit& unit : plan.units)
         if (unit.pieces > 1) parted.push_back(&unit);
-    parallel(args->threads, int64_t(parted.size()), [&](int64_t i) {
-        merge(*args, *parted[i], &plan.pieces[parted[i]->first_piece],
-              lanes[parted[i]->whole.group]);
+    constexpr int64_t turn = 8, turns = kMaxRows / turn;  // rows
+    parallel(args->threads, int64_t(parted.size()) * turns, [&](int64_t i) {
+        const Unit& unit = *parted[i / turns];
+        const int64_t first = i % turns * turn, end = std::min(first + turn, unit.whole.rows);
+        kernels.merge(*args, &plan.pieces[unit.first_piece], unit.pieces, first, end);
     });
 }
 
@@ -297,15 +265,25 @@ void ap_exact(const void* chosen, const Exact* args) {
     });
 }
 
-void ap_project(const void* chosen, const Project* args) {
+// `count` products, in one parallel region.
+void ap_project(const void* chosen, const Project* args, int64_t count) {
     const Kernels& kernels = *static_cast<const Kernels*>(chosen);
-    const int64_t rows = args->tokens * args->repeats;
-    const int64_t turns = (rows + kMaxRows - 1) / kMaxRows;
-    const int64_t memory = kernels.project_memory(*args, std::min<int64_t>(rows, kMaxRows));
-    parallel(args->threads, args->batch * turns, [&](int64_t i) {
-        const int64_t first = i % turns * kMaxRows;
-        kernels.project(*args, i / turns, first, std::min<int64_t>(kMaxRows, rows - first),
-                        thread_memory(memory));
+    struct Turn {
+        const Project* args;
+        int64_t batch, first, rows;
+    };
+    std::vector<Turn> turns;
+    int64_t memory = 0;
+    for (const Project* p = args; p < args + count; ++p) {
+        const int64_t rows = p->tokens * p->repeats;
+        memory = std::max(memory, kernels.project_memory(*p, std::min<int64_t>(rows, kMaxRows)));
+        for (int64_t batch = 0; batch < p->batch; ++batch)
+            for (int64_t first = 0; first < rows; first += kMaxRows)
+                turns.push_back({p, batch, first, std::min<int64_t>(kMaxRows, rows - first)});
+    }
+    parallel(args->threads, int64_t(turns.size()), [&](int64_t i) {
+        const Turn& turn = turns[i];
+        kernels.project(*turn.args, turn.batch, turn.first, turn.rows, thread_memory(memory));
     });
 }
 

@@ -9,7 +9,7 @@
 
 namespace attentionpack {
 
-constexpr int kMaxRows = 64;
+constexpr int kMaxRows = 64, kMaxPlanes = 3;
 
 // 2 ** ((byte - 64) / 8) for the seven bits of a scale byte; see `codec/quantize.py`.
 struct Scales {
@@ -29,13 +29,30 @@ struct Piece {
     int64_t first_row, rows;
     int64_t start, stop;           // positions
     int64_t request_stop;
-    // Unnormalised results by modality: [M, rows], [M, rows], [M, rows, lanes].
-    float *top, *total, *sums;
+    // Unnormalised results by modality. `top`: the largest logit to the base of two, -infinity over no
+    // token, where the others mean nothing. `zeros`: what the zero points of each plane make too much
+    // of the sums.
+    float* top;    // [M, rows]
+    float* total;  // [M, rows]
+    float* zeros;  // [M, rows, kMaxPlanes]
+    float* sums;   // [M, rows, lanes]
 
     int64_t row_stop(const Attend& args, int64_t row) const {
         if (!args.causal) return request_stop;
         const int64_t query = (first_row + row) / (args.heads_per_group * args.repeats);
         return request_stop - (queries - 1 - query);
+    }
+
+    // Of a row: where it lies in [G, T, repeats] of its group, and in [T, Hq].
+    int64_t place(const Attend& args, int64_t row) const {
+        const int64_t heads = args.heads_per_group * args.repeats;
+        const int64_t token = first_token + (first_row + row) / heads, head = (first_row + row) % heads;
+        return (head / args.repeats * args.tokens + token) * args.repeats + head % args.repeats;
+    }
+    int64_t column(const Attend& args, int64_t row) const {
+        const int64_t heads = args.heads_per_group * args.repeats;
+        const int64_t token = first_token + (first_row + row) / heads, head = (first_row + row) % heads;
+        return (token * args.num_groups + group) * heads + head;
     }
 };
 
@@ -48,9 +65,11 @@ struct ExactPiece {
 // One instruction set.
 struct Kernels {
     const char* name;
-    int lanes;
+    int lanes, panel;
     void (*attend)(const Attend&, const Piece&, uint8_t* memory);
     int64_t (*attend_memory)(const Attend&, int64_t rows, int64_t rank);
+    // Puts the rows from `first` to `end` of pieces that share them together, normalised.
+    void (*merge)(const Attend&, const Piece* pieces, int64_t count, int64_t first, int64_t end);
     int64_t (*value_lanes)(const Side&);
     void (*store)(const Store&, int64_t token, float* memory);
     void (*project)(const Project&, int64_t batch, int64_t first_row, int64_t rows, uint8_t* memory);

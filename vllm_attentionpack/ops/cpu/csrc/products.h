@@ -7,6 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "api.h"
 #include "vector.h"
 
 namespace attentionpack {
@@ -19,7 +20,6 @@ constexpr int kBlockVectors = 2;
 constexpr int kSub = 4 * kLanes;
 constexpr int kSubVectors = kSub / kLanes;
 constexpr int kSubWords = 64;
-constexpr int kSteps = 128;  // 255 * 32767 * 2 * 128 still fits an int32
 constexpr int kChunkVectors = 4;  // vectors of words that values have at a time
 
 // Planes whose codes may meet numbers of 8 bits.
@@ -82,6 +82,23 @@ struct Floats {
 };
 
 constexpr int places(int bits) { return bits == 16 ? 1 : 8 / bits; }
+
+// Bytes of a token that a vector of words holds, of codes or of latents of 16 bits.
+constexpr int64_t vector_bytes(int64_t bits) { return bits == 16 ? 2 * kLanes : kLanes; }
+constexpr int64_t vectors_of(int64_t bytes, int64_t bits) {
+    return (bytes + vector_bytes(bits) - 1) / vector_bytes(bits);
+}
+
+// Lanes of the attended values of a plane, which is padded to whole vectors, and of a head group.
+AP_INLINE int64_t plane_lanes(const Plane& plane) {
+    return vectors_of(plane.bytes, plane.bits) * places(int(plane.bits)) * kLanes;
+}
+inline int64_t value_lanes(const Side& side) {
+    int64_t lanes = 0;
+    for (int p = 0; p < side.num_planes; ++p) lanes += plane_lanes(side.planes[p]);
+    return lanes;
+}
+
 template <class A, int BITS>
 constexpr int kWordSteps = (BITS == 16 ? 2 : 4) / A::kPerStep;
 
@@ -169,32 +186,31 @@ AP_INLINE void for_blocks(int64_t count, F f, int64_t first = 0) {
     if constexpr (SIZE > 1) for_blocks<SIZE / 2>(count, f, first);
 }
 
-// Words of a plane that share a scale of the queries and are multiplied at a time.
-template <class A>
-AP_INLINE int64_t words_per_segment(int64_t bits) {
-    const int64_t fit = std::min<int64_t>(kSteps * A::kPerStep * bits / 32, kSubWords);
-    return A::kNarrow && bits == 2 ? std::min<int64_t>(fit, kQuadSteps * bits / 8) : fit;
-}
-
 float largest_magnitude(const float* from, int64_t count) {
     Float top{};
-    for (int64_t i = 0; i < count; i += kLanes) {
-        const Float x = part(from, i, count);
-        top = maximum(top, maximum(x, Float{} - x));
-    }
+    for (int64_t i = 0; i < count; i += kLanes) top = maximum(top, magnitude(part(from, i, count)));
     return largest(top);
 }
 
-// Whole numbers of at most `limit` for `count` floats, none of them larger than `most`; returns what
-// one of them stands for, and their sum.
+// The same of some rows at once, from element `first` of each on; never zero.
+inline ByRow largest_magnitudes(const float* const* rows, int64_t first, int64_t count) {
+    Float top[kRowGroup];
+    for (int r = 0; r < kRowGroup; ++r) {
+        top[r] = splat(1e-30f);
+        for (int64_t i = 0; i < count; i += kLanes)
+            top[r] = maximum(top[r], magnitude(part(rows[r] + first, i, count)));
+    }
+    return largest_by_row(top);
+}
+
+// Whole numbers for `count` floats times `factor`, which T must hold; returns sums of them by lane. Floats
+// come in the order in which pairs take the bytes of a word, 0 2 1 3; quads take them as they lie.
 template <class T>
-float quantize(const float* from, int64_t count, float most, float limit, void* to, float* total) {
-    const float scale = std::max(most, 1e-30f) / limit;
-    const float inverse = 1.0f / scale;
+AP_INLINE Float quantize(const float* from, int64_t count, float factor, void* to) {
     Int sums{};
     for (int64_t i = 0; i < count; i += kLanes) {
-        const Int rounded = to_int(part(from, i, count) * inverse);
-        const auto narrow = narrowed<T>(rounded);
+        const Int rounded = to_int(part(from, i, count) * factor);
+        const auto narrow = narrowed<T>(sizeof(T) == 1 ? middle_swapped(rounded) : rounded);
         const int64_t lanes = std::min<int64_t>(kLanes, count - i);
         if (lanes == kLanes)
             store(static_cast<T*>(to) + i, narrow);
@@ -202,17 +218,7 @@ float quantize(const float* from, int64_t count, float most, float limit, void* 
             std::memcpy(static_cast<T*>(to) + i, &narrow, lanes * sizeof(T));
         sums += rounded;
     }
-    *total = sum(to_float(sums));
-    return scale;
-}
-
-// Latent dims come in the order in which pairs take the bytes of a word, 0 2 1 3; quads take them
-// as they lie.
-AP_INLINE void order_quads(int32_t* quads, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-        const uint32_t q = uint32_t(quads[i]);
-        quads[i] = int32_t((q & 0xff0000ffu) | (q & 0xff00u) << 8 | (q & 0xff0000u) >> 8);
-    }
+    return to_float(sums);
 }
 
 }  // namespace

@@ -17,12 +17,10 @@ namespace attentionpack {
 namespace {
 
 constexpr int kPanel = kBlockVectors * kLanes;  // columns of a register block
-// 128 products of two numbers of 12 bits and a sign still fit an int32.
-constexpr float kLargest13 = 4095.0f;
 
 int64_t project_memory(const Project& args, int64_t rows) {
     const int64_t depth = args.bounds[args.segments];
-    return rows * ((depth + 1) / 2 + args.segments + kPanel) * 4 + depth * 4 + 256;
+    return rows * ((depth + 1) / 2 + args.segments + kPanel) * 4 + kRowGroup * (depth + kLanes) * 4 + 256;
 }
 
 class Projection {
@@ -31,56 +29,71 @@ class Projection {
         : args_(args), batch_(batch), depth_(args.bounds[args.segments]) {
         steps_ = (depth_ + 1) / 2;
         panels_ = (args.width + kPanel - 1) / kPanel;
-        row_ = reinterpret_cast<float*>(memory);
-        scale_ = row_ + depth_;
+        floats_ = reinterpret_cast<float*>(memory);
+        scale_ = floats_ + kRowGroup * whole(depth_);
         left_ = reinterpret_cast<int32_t*>(scale_ + rows * args.segments);
         sums_ = reinterpret_cast<float*>(left_ + rows * steps_);
     }
 
     void run(int64_t first, int64_t rows) {
-        for (int64_t row = 0; row < rows; ++row) prepare(first + row, row);
+        for (int64_t row = 0; row < rows; row += kRowGroup)
+            prepare(first, row, std::min<int64_t>(kRowGroup, rows - row));
         for (int64_t panel = 0; panel < panels_; ++panel) {
             // A segment of a panel is small enough to stay near while all rows pass.
             for (int64_t s = 0; s < args_.segments; ++s) {
                 for_blocks<kBlockRows>(
                     rows, [&](auto size, int64_t row) { add_segment<size>(row, panel, s); });
             }
-            if (!whole(panel)) write(rows, panel);
+            if (!full(panel)) write(rows, panel);
         }
     }
 
   private:
-    void prepare(int64_t from, int64_t row) {
-        const int64_t at = batch_ * args_.x_batch + from / args_.repeats * args_.x_token +
-                           from % args_.repeats * args_.x_repeat;
-        const float* x = row_;
-        if (args_.bfloat16) {
-            const uint16_t* halves = static_cast<const uint16_t*>(args_.x) + at;
-            for (int64_t i = 0; i < depth_; ++i) {
-                const uint32_t word = uint32_t(halves[i]) << 16;
-                std::memcpy(row_ + i, &word, 4);
-            }
-        } else {
-            x = static_cast<const float*>(args_.x) + at;
+    // The rows from `row` on, `count` of them, as integers.
+    void prepare(int64_t first, int64_t row, int64_t count) {
+        const float* x[kRowGroup];
+        for (int64_t r = 0; r < count; ++r) {
+            const int64_t from = first + row + r;
+            const int64_t token = from / args_.repeats, repeat = from % args_.repeats;
+            x[r] = read(batch_ * args_.x_batch + token * args_.x_token + repeat * args_.x_repeat,
+                        floats_ + r * whole(depth_));
+            out_[row + r] = args_.out + batch_ * args_.out_batch + token * args_.out_token +
+                            repeat * args_.out_repeat;
+            left_[(row + r) * steps_ + steps_ - 1] = 0;  // the second number of a pair that has one
         }
-        out_[row] = args_.out + batch_ * args_.out_batch + from / args_.repeats * args_.out_token +
-                    from % args_.repeats * args_.out_repeat;
-        // Before rounding: a mean may be many times larger than what tokens differ by.
-        if (args_.shift) {
-            for (int64_t i = 0; i < depth_; ++i) row_[i] = x[i] - args_.shift[i];
-            x = row_;
-        }
-        int32_t* out = left_ + row * steps_;
-        out[steps_ - 1] = 0;  // the second number of a pair that has one
+        for (int64_t r = count; r < kRowGroup; ++r) x[r] = x[0];
         for (int64_t s = 0; s < args_.segments; ++s) {
             const int64_t dim = args_.bounds[s], dims = args_.bounds[s + 1] - dim;
-            const float most = largest_magnitude(x + dim, dims);
-            float total;
-            scale_[row * args_.segments + s] =
-                float(args_.factor) *
-                quantize<int16_t>(x + dim, dims, most, kLargest13, out + dim / 2, &total);
+            const ByRow most = largest_magnitudes(x, dim, dims);
+            const ByRow factor = float(kLargest) / most, scale = most * (float(args_.factor) / float(kLargest));
+            for (int64_t r = 0; r < count; ++r) {
+                scale_[(row + r) * args_.segments + s] = scale[r];
+                quantize<int16_t>(x[r] + dim, dims, factor[r], left_ + (row + r) * steps_ + dim / 2);
+            }
         }
     }
+
+    // A row of `x` less the mean, as floats; `room` is for those that are none yet. The mean goes before
+    // rounding: it may be many times larger than what tokens differ by.
+    AP_INLINE const float* read(int64_t at, float* room) const {
+        const float* x = static_cast<const float*>(args_.x) + at;
+        if (args_.bfloat16) {
+            const uint16_t* halves = static_cast<const uint16_t*>(args_.x) + at;
+            for (int64_t i = 0; i < depth_; i += kLanes) {
+                const int bytes = int(std::min<int64_t>(kLanes, depth_ - i)) * 2;
+                const auto half = bytes == 2 * kLanes ? load<Halves>(halves + i)
+                                                      : load_head<Halves>(halves + i, bytes);
+                store(room + i, __builtin_convertvector(half, Word) << 16);
+            }
+            x = room;
+        }
+        if (!args_.shift) return x;
+        for (int64_t i = 0; i < depth_; i += kLanes)
+            store(room + i, part(x, i, depth_) - part(args_.shift, i, depth_));
+        return room;
+    }
+
+    static int64_t whole(int64_t floats) { return (floats + kLanes - 1) / kLanes * kLanes; }
 
     template <int ROWS>
     AP_NOINLINE void add_segment(int64_t row, int64_t panel, int64_t segment) const {
@@ -94,14 +107,21 @@ class Projection {
         const int32_t* left = left_ + row * steps_ + step;
         const int64_t left_stride = steps_;
         clear(acc);
+        // The first rows ask for what comes after this segment, which is too much to be foreseen.
+        const Int* next = right + steps * kBlockVectors;
+        Stream ahead{row ? reinterpret_cast<const uint8_t*>(left_) : reinterpret_cast<const uint8_t*>(next),
+                     row ? 0 : int64_t(sizeof(Int))};
         for (int i = 0; i < steps; ++i, ++left, right += kBlockVectors) {
             Int column[kBlockVectors];
 #pragma GCC unroll 8
-            for (int n = 0; n < kBlockVectors; ++n) column[n] = pinned(right[n]);
+            for (int n = 0; n < kBlockVectors; ++n) {
+                column[n] = pinned(right[n]);
+                ahead.next();
+            }
             add_step<Integers<false>>(left, left_stride, column, acc);
         }
         // Copies: after a store the compiler would read anew whatever it had not copied.
-        const bool last = segment == args_.segments - 1 && whole(panel);
+        const bool last = segment == args_.segments - 1 && full(panel);
         const Int before = splat(segment == 0 ? 0 : -1);
         const int64_t segments = args_.segments;
         const float* row_scales = scale_ + row * segments + segment;
@@ -121,7 +141,7 @@ class Projection {
     }
 
     // Whether all columns of a panel exist: then its sums go where they belong.
-    bool whole(int64_t panel) const { return (panel + 1) * kPanel <= args_.width; }
+    bool full(int64_t panel) const { return (panel + 1) * kPanel <= args_.width; }
 
     void write(int64_t rows, int64_t panel) const {
         for (int64_t row = 0; row < rows; ++row)
@@ -131,7 +151,7 @@ class Projection {
 
     const Project& args_;
     int64_t batch_, depth_, steps_, panels_;
-    float *row_, *scale_;
+    float *floats_, *scale_;  // `floats_`: rows of a group
     int32_t* left_;  // [rows][steps], pairs of 16-bit integers
     float* sums_;    // [rows][columns of a panel]
     float* out_[kMaxRows];

@@ -58,6 +58,11 @@ AP_INLINE V pinned(V value) {
 
 AP_INLINE Float splat(float x) { return Float{} + x; }
 AP_INLINE Int splat(int32_t x) { return Int{} + x; }
+AP_INLINE Float lane_numbers() {
+    Float x;
+    for (int i = 0; i < kLanes; ++i) x[i] = float(i);
+    return x;
+}
 AP_INLINE Float to_float(Int x) { return __builtin_convertvector(x, Float); }
 AP_INLINE Float to_float(Word x) { return __builtin_convertvector((Int)x, Float); }
 #if defined(AP_AVX512) || defined(AP_AVX512_VNNI)
@@ -67,6 +72,8 @@ AP_INLINE Float minimum(Float a, Float b) { return (Float)_mm512_min_ps((__m512)
 AP_INLINE Float maximum(Float a, Float b) { return a > b ? a : b; }
 AP_INLINE Float minimum(Float a, Float b) { return a < b ? a : b; }
 #endif
+
+AP_INLINE Float magnitude(Float x) { return (Float)((Word)x & 0x7fffffffu); }
 
 // To the nearest whole number, halves to even; |x| < 2**22. As a float and as an integer: adding
 // 1.5 * 2**23 leaves the integer in the low bits of the mantissa.
@@ -110,30 +117,79 @@ AP_INLINE float largest(Float x) {
 }
 #endif
 
-// exp(x) for x <= 0, to about two units in the last place, or to 3e-6 by a polynomial of degree 5; zero
-// below -87.
-template <int DEGREE = 7>
-AP_INLINE Float exponential(Float x) {
-    const Float clamped = maximum(x, splat(-87.0f));
-    const Float n = round_even(clamped * 1.44269504f);
-    // ln 2 in two parts, so that n * high is exact.
-    Float r = clamped - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    static_assert(DEGREE == 5 || DEGREE == 7);
-    Float p = splat(1.0f / 120);
-    if (DEGREE == 7) p = (r * (1.0f / 5040) + 1.0f / 720) * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-#if defined(AP_AVX512) || defined(AP_AVX512_VNNI)
-    const __mmask16 seen = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_GE_OQ);
-    return (Float)_mm512_maskz_scalef_ps(seen, (__m512)p, (__m512)n);
+// A number for each of some rows, as many as are reduced at a time.
+constexpr int kRowGroup = 8;
+typedef float ByRow __attribute__((vector_size(4 * kRowGroup)));
+
+#if defined(AP_SCALAR)
+AP_INLINE ByRow sum_by_row(const Float (&x)[kRowGroup]) {
+    ByRow out;
+    for (int r = 0; r < kRowGroup; ++r) out[r] = sum(x[r]);
+    return out;
+}
+AP_INLINE ByRow largest_by_row(const Float (&x)[kRowGroup]) {
+    ByRow out;
+    for (int r = 0; r < kRowGroup; ++r) out[r] = largest(x[r]);
+    return out;
+}
 #else
-    const Int power = (to_int(n) + 127) << 23;
-    const Float y = p * (Float)power;
-    return x < -87.0f ? Float{} : y;
+// By a tree that halves lanes and doubles rows at every level.
+template <class F>
+AP_INLINE ByRow reduce_by_row(const Float (&x)[kRowGroup], F f) {
+    __m256 a[8], b[4], c[2];
+    for (int r = 0; r < 8; ++r) {
+#if defined(AP_AVX2)
+        a[r] = (__m256)x[r];
+#else
+        a[r] = f(_mm512_castps512_ps256((__m512)x[r]), _mm512_extractf32x8_ps((__m512)x[r], 1));
+#endif
+    }
+    for (int i = 0; i < 4; ++i)
+        b[i] = f(_mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+    for (int i = 0; i < 2; ++i)
+        c[i] = f(_mm256_shuffle_ps(b[2 * i], b[2 * i + 1], 0x44),
+                 _mm256_shuffle_ps(b[2 * i], b[2 * i + 1], 0xee));
+    return (ByRow)f(_mm256_permute2f128_ps(c[0], c[1], 0x20), _mm256_permute2f128_ps(c[0], c[1], 0x31));
+}
+AP_INLINE ByRow sum_by_row(const Float (&x)[kRowGroup]) {
+    return reduce_by_row(x, [](__m256 a, __m256 b) { return _mm256_add_ps(a, b); });
+}
+AP_INLINE ByRow largest_by_row(const Float (&x)[kRowGroup]) {
+    return reduce_by_row(x, [](__m256 a, __m256 b) { return _mm256_max_ps(a, b); });
+}
+#endif
+
+// 2 ** x for x <= 0, to two units in the last place or, by a polynomial of degree 4, to 3e-6; zero below
+// -126 where there is no instruction for it, so for minus infinity. The polynomials are those of least
+// relative error for 0 to 1.
+template <int DEGREE>
+AP_INLINE Float exp2_of(Float x) {
+    static_assert(DEGREE == 4 || DEGREE == 6);
+#if defined(AP_AVX512) || defined(AP_AVX512_VNNI)
+    const Float r = (Float)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
+#else
+    const Float clamped = maximum(x, splat(-126.5f));  // n is -127 then, its power zero
+    const Float n = round_even(clamped - 0.5f);
+    const Float r = clamped - n;
+#endif
+    Float p;
+    if (DEGREE == 4) {
+        p = r * 0.01353416778f + 0.05201146007f;
+        p = p * r + 0.2414427549f;
+        p = p * r + 0.6930038333f;
+        p = p * r + 1.0000026226f;
+    } else {
+        p = r * 2.1702255e-4f + 1.24396884e-3f;
+        p = p * r + 9.67884064e-3f;
+        p = p * r + 0.05548334122f;
+        p = p * r + 0.2402298301f;
+        p = p * r + 0.6931470037f;
+        p = p * r + 1.0f;
+    }
+#if defined(AP_AVX512) || defined(AP_AVX512_VNNI)
+    return (Float)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
+    return p * (Float)((to_int(n) + 127) << 23);
 #endif
 }
 
@@ -156,7 +212,7 @@ AP_INLINE Int dot(Int acc, Int a, Int b) {
 #if defined(AP_AVX512) || defined(AP_AVX2)
 constexpr int kQuadSteps = 32;
 #else
-constexpr int kQuadSteps = 64;
+constexpr int kQuadSteps = 1 << 20;
 #endif
 template <int BITS>
 AP_INLINE Int dot_quad(Int acc, Int unsigned_bytes, Int signed_bytes) {
@@ -232,7 +288,11 @@ AP_INLINE Word load_bytes(const uint8_t* from, int count) {
 // The whole vector at `i`, or its first `count - i` lanes and zeros.
 AP_INLINE Float part(const float* from, int64_t i, int64_t count) {
     if (i + kLanes <= count) return load<Float>(from + i);
+#if defined(AP_AVX512) || defined(AP_AVX512_VNNI)
+    return (Float)_mm512_maskz_loadu_ps((__mmask16)((1u << (count - i)) - 1), from + i);
+#else
     return load_head<Float>(from + i, int((count - i) * 4));
+#endif
 }
 
 // Lanes 0 2 1 3 of every four.
@@ -245,6 +305,46 @@ AP_INLINE Int middle_swapped(Int x) {
     Int y = x;
     for (int i = 0; i < kLanes; i += 4) y[i + 1] = x[i + 2], y[i + 2] = x[i + 1];
     return y;
+#endif
+}
+
+// Lanes of two vectors as 16-bit integers, which hold them, every four in the order 0 2 1 3.
+AP_INLINE Int packed_pairs(Int a, Int b) {
+#if defined(AP_AVX512) || defined(AP_AVX512_VNNI)
+    static const uint16_t order[] = {0,  2,  1,  3,  8,  10, 9,  11, 16, 18, 17, 19, 24, 26, 25, 27,
+                                     4,  6,  5,  7,  12, 14, 13, 15, 20, 22, 21, 23, 28, 30, 29, 31};
+    const __m512i both = _mm512_packs_epi32((__m512i)a, (__m512i)b);
+    return (Int)_mm512_permutexvar_epi16(_mm512_loadu_si512(order), both);
+#elif defined(AP_AVX2)
+    const __m256i both = _mm256_packs_epi32((__m256i)middle_swapped(a), (__m256i)middle_swapped(b));
+    return (Int)_mm256_permute4x64_epi64(both, 0xd8);
+#else
+    int16_t numbers[2 * kLanes];
+    for (int i = 0; i < kLanes; ++i)
+        numbers[i] = int16_t(middle_swapped(a)[i]), numbers[kLanes + i] = int16_t(middle_swapped(b)[i]);
+    return load<Int>(numbers);
+#endif
+}
+
+// Lanes of four vectors as unsigned 8-bit integers, which hold them.
+AP_INLINE Int packed_quads(Int a, Int b, Int c, Int d) {
+#if defined(AP_AVX512) || defined(AP_AVX512_VNNI)
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i all = _mm512_packus_epi16(_mm512_packs_epi32((__m512i)a, (__m512i)b),
+                                            _mm512_packs_epi32((__m512i)c, (__m512i)d));
+    return (Int)_mm512_permutexvar_epi32(order, all);
+#elif defined(AP_AVX2)
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i all = _mm256_packus_epi16(_mm256_packs_epi32((__m256i)a, (__m256i)b),
+                                            _mm256_packs_epi32((__m256i)c, (__m256i)d));
+    return (Int)_mm256_permutevar8x32_epi32(all, order);
+#else
+    uint8_t numbers[4 * kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+        numbers[i] = uint8_t(a[i]), numbers[kLanes + i] = uint8_t(b[i]);
+        numbers[2 * kLanes + i] = uint8_t(c[i]), numbers[3 * kLanes + i] = uint8_t(d[i]);
+    }
+    return load<Int>(numbers);
 #endif
 }
 
@@ -261,86 +361,6 @@ AP_INLINE Float look_up(const float* table, Word index) {
     return found;
 #endif
 }
-
-// A stretch of words of tokens, with the tokens side by side: out[w * stride + t] is word w of token
-// t, for w < 4 and t < kLanes. Reads 16 bytes from every pointer.
-AP_INLINE void transpose_words(const uint8_t* const* tokens, int64_t byte, uint32_t* out,
-                               int64_t stride) {
-#if defined(AP_SCALAR)
-    for (int t = 0; t < kLanes; ++t)
-        for (int w = 0; w < 4; ++w) std::memcpy(out + w * stride + t, tokens[t] + byte + 4 * w, 4);
-#else
-    const auto words = [&](int t) { return _mm_loadu_si128((const __m128i*)(tokens[t] + byte)); };
-#if defined(AP_AVX2)
-    __m256i r[4], s[4];
-    for (int t = 0; t < 4; ++t)
-        r[t] = _mm256_inserti128_si256(_mm256_castsi128_si256(words(t)), words(t + 4), 1);
-#define AP_WIDE(name) _mm256_##name
-#else
-    __m512i r[4], s[4];
-    for (int t = 0; t < 4; ++t) {
-        r[t] = _mm512_inserti32x4(_mm512_castsi128_si512(words(t)), words(t + 4), 1);
-        r[t] = _mm512_inserti32x4(r[t], words(t + 8), 2);
-        r[t] = _mm512_inserti32x4(r[t], words(t + 12), 3);
-    }
-#define AP_WIDE(name) _mm512_##name
-#endif
-    for (int i = 0; i < 2; ++i) {
-        s[2 * i] = AP_WIDE(unpacklo_epi32)(r[2 * i], r[2 * i + 1]);
-        s[2 * i + 1] = AP_WIDE(unpackhi_epi32)(r[2 * i], r[2 * i + 1]);
-    }
-    for (int i = 0; i < 2; ++i) {
-        store(out + 2 * i * stride, AP_WIDE(unpacklo_epi64)(s[i], s[i + 2]));
-        store(out + (2 * i + 1) * stride, AP_WIDE(unpackhi_epi64)(s[i], s[i + 2]));
-    }
-#endif
-}
-
-// Bytes of four tokens with the bytes side by side: lane i of out[v] is byte kLanes * v + i of each,
-// the first token's lowest. `bytes`: a multiple of 4, at most those of four vectors of lanes.
-AP_INLINE void interleave_bytes(const uint8_t* const* tokens, int64_t byte, int bytes, Word* out) {
-#if defined(AP_SCALAR)
-    for (int v = 0; v * kLanes < bytes; ++v) {
-        Word word{};
-        for (int t = 0; t < 4; ++t) {
-            const uint8_t* from = tokens[t] + byte + v * kLanes;
-            word |= __builtin_convertvector(
-                        load_head<Bytes>(from, bytes - v * kLanes < kLanes ? bytes - v * kLanes : kLanes),
-                        Word)
-                    << (8 * t);
-        }
-        out[v] = word;
-    }
-#else
-    // Unpacking stays within 128 bits, so the words that it leaves in one part are first brought
-    // there: word `part` of every 128 bits of the result.
-#if defined(AP_AVX2)
-    const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
-    const __m256i some = _mm256_cmpgt_epi32(_mm256_set1_epi32(bytes / 4),
-                                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-    const auto row = [&](int t) {
-        const __m256i x = _mm256_maskload_epi32((const int*)(tokens[t] + byte), some);
-        return _mm256_permutevar8x32_epi32(x, order);
-    };
-#else
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __mmask16 some = (__mmask16)((1u << bytes / 4) - 1);
-    const auto row = [&](int t) {
-        return _mm512_permutexvar_epi32(order, _mm512_maskz_loadu_epi32(some, tokens[t] + byte));
-    };
-#endif
-    const auto a = row(0), b = row(1), c = row(2), d = row(3);
-    const auto low = AP_WIDE(unpacklo_epi8)(a, b), low2 = AP_WIDE(unpacklo_epi8)(c, d);
-    out[0] = (Word)AP_WIDE(unpacklo_epi16)(low, low2);
-    if (bytes <= kLanes) return;
-    out[1] = (Word)AP_WIDE(unpackhi_epi16)(low, low2);
-    if (bytes <= 2 * kLanes) return;
-    const auto high = AP_WIDE(unpackhi_epi8)(a, b), high2 = AP_WIDE(unpackhi_epi8)(c, d);
-    out[2] = (Word)AP_WIDE(unpacklo_epi16)(high, high2);
-    if (bytes > 3 * kLanes) out[3] = (Word)AP_WIDE(unpackhi_epi16)(high, high2);
-#endif
-}
-#undef AP_WIDE
 
 }  // namespace
 }  // namespace attentionpack

@@ -1,0 +1,97 @@
+"""Encoding and decoding by the compiled CPU kernels against the reference ops."""
+
+import pytest
+import torch
+
+from tests.support.cases import random_codec
+from tests.support.cpu import DTYPES, LAYOUTS, planes_of
+from tests.support.paging import paged_batch
+from vllm_attentionpack.codec.codec import identity_codec
+from vllm_attentionpack.ops import cpu, reference
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("modalities", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_store_writes_the_bytes_of_the_reference(isa, layout, modalities, dtype):
+    codec = random_codec(4, 2, 32, modalities, *planes_of(layout), padding=5)
+    generator = torch.Generator().manual_seed(0)
+    key, value = torch.randn(2, 70, 4, 32, generator=generator).to(dtype)
+    slots = torch.randperm(6 * 16, generator=generator)[:70]
+    slots[::9] = -1
+    for visual in (None, torch.rand(70, generator=generator) < 0.5):
+        caches = [torch.full((6, codec.layout.block_bytes(16)), 77).to(torch.uint8)] * 2
+        caches = [cache.clone() for cache in caches]
+        for ops, cache in zip((reference, cpu), caches, strict=True):
+            ops.store_kv(key, value, cache, slots, visual, codec, 16)
+        assert (caches[1] == 77).float().mean().item() < 0.5
+        if dtype != torch.bfloat16:
+            # A latent at the edge between two codes may fall on either side.
+            assert (caches[0] != caches[1]).float().mean().item() < 1e-3
+            continue
+        # Products of 13 bits move more latents over an edge, where both sides are as good: codes
+        # lose what they did, in planes of every width, but for a little in those of 8 bits.
+        for kind, tokens in (("key", key), ("value", value)):
+            want, got = (latent_error(codec, kind, tokens, slots, visual, c) for c in caches)
+            assert (got < 1.03 * want).all()
+
+
+def latent_error(codec, kind, tokens, slots, visual, cache):
+    """Energy of what the codes of the first head group are off, by width of the codes."""
+    planes = reference._planes_by_owner(codec.layout, 16)[0, kind]
+    plane_codec = getattr(codec.groups[0], kind)
+    pages = reference._Pages(cache, torch.arange(len(cache))[None], 16)
+    read, _ = pages.read(torch.arange(len(cache))[None], (plane_codec, planes))
+    kept = slots >= 0
+    head_dims = plane_codec.basis.mean.shape[1]
+    x = tokens.flatten(1)[kept, :head_dims].float()
+    basis, which = plane_codec.basis, torch.zeros(len(x), dtype=torch.long)
+    if visual is not None and codec.num_modalities == 2:
+        which = visual[kept].long()
+    exact = torch.einsum("td,tdr->tr", x - basis.mean[which], basis.encode[which])
+    off = (read[0, slots[kept]] - exact).square().sum(0)
+    bits = torch.tensor(plane_codec.counts.bits_per_dim)
+    return torch.stack([off[bits == b].sum() for b in bits.unique()])
+
+
+def test_store_of_views_and_of_16_bit_planes(isa):
+    codec = identity_codec(2, 32, 2)
+    key, value = torch.randn(2, 20, 4, 32)
+    key, value = key[:, ::2], value[:, ::2]
+    slots = torch.arange(40)[::2]
+    caches = [torch.zeros(3, codec.layout.block_bytes(16), dtype=torch.uint8) for _ in range(2)]
+    for ops, cache in zip((reference, cpu), caches, strict=True):
+        ops.store_kv(key, value, cache, slots, None, codec, 16)
+    assert torch.equal(*caches)
+
+
+def test_scales_at_both_ends(isa):
+    """Tokens far too small and far too large for a scale byte, and zeros."""
+    codec = random_codec(2, 2, 32)
+    key = torch.randn(6, 2, 32) * torch.tensor([0, 1e-30, 1e-6, 1, 1e6, 1e30])[:, None, None]
+    caches = [torch.zeros(1, codec.layout.block_bytes(16), dtype=torch.uint8) for _ in range(2)]
+    for ops, cache in zip((reference, cpu), caches, strict=True):
+        ops.store_kv(key, key, cache, torch.arange(6), None, codec, 16)
+    assert (caches[0] != caches[1]).float().mean().item() < 1e-3
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, "identity"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decompression(isa, name, dtype):
+    """Blocks in any order, garbage in unused slots, and a last block that is not full."""
+    if name == "identity":
+        codec = identity_codec(2, 32)
+    else:
+        codec = random_codec(2, 2, 32, 2, *planes_of(name))
+    case = paged_batch(codec, 4, [0, 1, 15, 16, 17, 70], [1] * 6, 16)
+    for row, tokens in enumerate(case.contexts):
+        args = (case.kv_cache, case.block_table[row], tokens, codec, 16)
+        want = reference.decompress(*args, torch.float32)
+        found = cpu.decompress(*args, dtype)
+        for x, y in zip(found, want, strict=True):
+            assert x.dtype == dtype and x.shape == y.shape == (tokens, 2, 32)
+            if tokens:
+                # bfloat16: latents, the basis and the result are rounded.
+                tolerance = {torch.bfloat16: 0.02, torch.float16: 1e-3, torch.float32: 1e-5}[dtype]
+                exact = name == "identity" and dtype == torch.bfloat16
+                assert (x - y).abs().max() <= (0 if exact else tolerance * y.abs().max())
