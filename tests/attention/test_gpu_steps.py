@@ -11,6 +11,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 
 pytest.importorskip("triton")
 
+from vllm_attentionpack.attention import impl as impl_module
 from vllm_attentionpack.attention.impl import AttentionPackImpl
 from vllm_attentionpack.attention.metadata import AttentionPackMetadataBuilder
 from vllm_attentionpack.attention.state import EngineState
@@ -18,6 +19,7 @@ from vllm_attentionpack.bench.compile_table import recording
 from vllm_attentionpack.bench.shapes import LayerShape
 from vllm_attentionpack.ops import fresh_gpu
 from vllm_attentionpack.ops import triton as kernels
+from vllm_attentionpack.ops.exact import ExactTokens
 from vllm_attentionpack.ops.triton.chip import Chip
 
 META, CPU = torch.device("meta"), torch.device("cpu")
@@ -86,11 +88,25 @@ def single(query, key, value, batch, scale):
     return fresh_gpu.single_tokens(query, key, value, scale)
 
 
+class ExactLayer:
+    """The companion of one layer: pages without data."""
+
+    name = "exact"
+
+    def pages(self, owner):
+        return torch.empty(20, 8, 2, LAYER.kv_heads, 64, dtype=torch.bfloat16, device=META)
+
+
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("query_len", [1, 3])
-def test_a_layer_waits_for_nothing_and_launches_alike_for_every_context(query_len):
+def test_a_layer_waits_for_nothing_and_launches_alike_for_every_context(
+    query_len, exact, monkeypatch
+):
     """Decoding and verification of drafts, in a batch that is padded as a graph pads it."""
     codec = LAYER.codec(META)
     impl = layer_impl(codec, single if query_len == 1 else fresh_gpu.sdpa)
+    layer = SimpleNamespace(layer_name="layer")
+    impl.state.has_exact_cache, impl.state.exact_layers = exact, {"layer": ExactLayer()}
     tokens = 4 * query_len
     query, key, value = (
         torch.empty(tokens + 2, heads, 64, dtype=torch.bfloat16, device=META) for heads in (8, 4, 4)
@@ -103,11 +119,17 @@ def test_a_layer_waits_for_nothing_and_launches_alike_for_every_context(query_le
     for lens in ([9, 40, 3, 900], [LONGEST] * 4):
         step = common(META, [query_len] * 4, lens)
         metadata = made.build_for_cudagraph_capture(step)
+        context = SimpleNamespace(
+            slot_mapping={"exact": step.slot_mapping},
+            attn_metadata={"exact": SimpleNamespace(tokens=ExactTokens.empty(4, 4, 64, META))},
+        )
+        monkeypatch.setattr(impl_module, "get_forward_context", lambda found=context: found)
         with recording(Chip(132, 227 * 1024, 9)) as launched:
-            impl.do_kv_cache_update(None, key, value, cache, metadata.slot_mapping)
-            assert impl.forward(None, query, key, value, cache, metadata, output) is output
+            impl.do_kv_cache_update(layer, key, value, cache, metadata.slot_mapping)
+            assert impl.forward(layer, query, key, value, cache, metadata, output) is output
         seen.append([(launch.kernel, launch.grid, launch.options) for launch in launched])
-    assert seen[0] == seen[1] and len(seen[0]) == 5
+    # encoding, absorb, attend, merge of splits, up-project, exact tokens, merge of parts
+    assert seen[0] == seen[1] and len(seen[0]) == 6 + exact
 
 
 def test_a_profiling_run_takes_the_memory_of_a_step():
