@@ -21,6 +21,8 @@ import torch
 
 from vllm_attentionpack import plugin
 from vllm_attentionpack.bench.shapes import LayerShape
+from vllm_attentionpack.calibrate.settings import DEFAULT_SINKS, DEFAULT_WINDOW
+from vllm_attentionpack.config import SECTION
 from vllm_attentionpack.packfile import Fingerprint, save_pack
 from vllm_attentionpack.packfile.uncalibrated import uncalibrated_pack
 
@@ -62,7 +64,11 @@ TINY = Model(
 )
 #: Engine arguments of each way to attend.
 ENGINES: dict[str, dict[str, Any]] = {
-    "ATTENTIONPACK": {"attention_backend": "ATTENTIONPACK"},
+    "ATTENTIONPACK": {"attention_backend": "ATTENTIONPACK", "block_size": 128},
+    f"ATTENTIONPACK, {DEFAULT_SINKS} + {DEFAULT_WINDOW} exact": {
+        "attention_backend": "ATTENTIONPACK",
+        "additional_config": {SECTION: {"sinks": DEFAULT_SINKS, "window": DEFAULT_WINDOW}},
+    },
     "vLLM Triton": {"attention_backend": "TRITON_ATTN"},
     "vLLM Triton, fp8 cache": {"attention_backend": "TRITON_ATTN", "kv_cache_dtype": "fp8"},
     "vLLM FlashAttention": {"attention_backend": "FLASH_ATTN"},
@@ -122,7 +128,8 @@ def engine_arguments(model: Model, arguments: dict[str, Any], folder: Path) -> d
         config = EngineArgs(model=str(folder), skip_tokenizer_init=True).create_model_config()
         pack = folder / "random.pack.safetensors"
         write_pack(model, fingerprint(config), pack)
-        common |= {"block_size": 128, "additional_config": {"attentionpack": {"pack": str(pack)}}}
+        section = common.get("additional_config", {}).get(SECTION, {})
+        common["additional_config"] = {SECTION: section | {"pack": str(pack)}}
     return common
 
 
