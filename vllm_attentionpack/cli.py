@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from vllm_attentionpack import __version__
+from vllm_attentionpack.calibrate.settings import DEFAULT_SINKS, DEFAULT_WINDOW
 from vllm_attentionpack.errors import AttentionPackError, ConfigError
 
 #: Exit code of a calibration whose pack was written but lost more than it may.
@@ -89,10 +90,10 @@ def calibrate(
         typer.Option(help="1: all tokens alike, 2: visual apart, or auto. [default: auto]"),
     ] = None,
     sinks: Annotated[
-        int | None, typer.Option(help="First tokens to keep exact. [default: 4]")
+        int | None, typer.Option(help=f"First tokens to keep exact. [default: {DEFAULT_SINKS}]")
     ] = None,
     window: Annotated[
-        int | None, typer.Option(help="Last tokens to keep exact. [default: 64]")
+        int | None, typer.Option(help=f"Last tokens to keep exact. [default: {DEFAULT_WINDOW}]")
     ] = None,
     output: Annotated[
         Path | None,
@@ -269,8 +270,8 @@ def bench_engine(
     new_tokens: Annotated[int, typer.Option(help="Decoded per request.")] = 16,
     ratio: Annotated[float, typer.Option(help="Compression.")] = 8.0,
     group: Annotated[int, typer.Option(help="KV heads coded jointly.")] = 2,
-    sinks: Annotated[int, typer.Option(help="First tokens that stay exact.")] = 4,
-    window: Annotated[int, typer.Option(help="Last tokens that stay exact.")] = 64,
+    sinks: Annotated[int, typer.Option(help="First tokens that stay exact.")] = DEFAULT_SINKS,
+    window: Annotated[int, typer.Option(help="Last tokens that stay exact.")] = DEFAULT_WINDOW,
 ) -> None:
     """vLLM from end to end, dense and compacted, on a model with random weights."""
     _check_device(device)

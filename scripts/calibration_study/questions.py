@@ -11,7 +11,7 @@ import torch
 from calibration_study import codecs
 from calibration_study.refine import refined
 from calibration_study.setting import REGULARIZATION, Fitted, Setting, Table
-from calibration_study.variants import Format, IdealCodec, VariantCodec
+from calibration_study.variants import Format, IdealCodec, VariantCodec, water_level
 from vllm_attentionpack.calibrate.assemble import KEY_PRICE, Assembler, LayerStatistics
 from vllm_attentionpack.calibrate.collector import Collector
 from vllm_attentionpack.calibrate.moments import MomentAccumulator
@@ -296,12 +296,7 @@ def _key_gain(fitted: Fitted) -> float:
     for of_layer in fitted.assembler.bases:
         spectrum = np.concatenate([group["key"].spectrum.numpy() for group in of_layer])
         spectrum = np.maximum(spectrum, spectrum.max() * 1e-9)
-        low, high = 0.0, float(spectrum.max())
-        for _ in range(60):  # the water level that spends two bits per dim
-            level = (low + high) / 2
-            rate = np.maximum(0.5 * np.log2(spectrum / max(level, 1e-300)), 0).mean()
-            low, high = (level, high) if rate > 2 else (low, level)
-        left = np.minimum(spectrum, level).sum()
+        left = np.minimum(spectrum, water_level(spectrum, 2 * len(spectrum))).sum()
         result.append(10 * np.log10(spectrum.sum() / left))
     return float(np.mean(result))
 

@@ -6,7 +6,7 @@ widths is compared at its best.
 """
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -173,6 +173,7 @@ class VariantCodec(TokenCodec):
         fixed = 8 * len(units) * planes * form.scale_bytes if form.scale != "none" else 0
         chosen = spend(spectra, weights, budget - fixed, form)
         super().__init__(shape, (sum(b.sum() for b in chosen) + fixed) / 8, exact)
+        self._groups = len(bases[0])
         self.bits = dict(zip(units, chosen, strict=True))
         self._parts = {
             unit: _Part(bases[unit[0]][unit[1]][unit[2]], bits, form)
@@ -182,16 +183,24 @@ class VariantCodec(TokenCodec):
     def reconstruct(
         self, layer: int, key: Tensor, value: Tensor, tokens: Tokens
     ) -> tuple[Tensor, Tensor]:
-        result = []
-        for kind, x in zip(KINDS, (key, value), strict=True):
-            groups = [g for i, g, k in self._parts if i == layer and k == kind]
-            split = x.flatten(1).chunk(len(groups), dim=1)
-            parts = [
-                self._parts[layer, g, kind](part, tokens.visual)
-                for g, part in zip(groups, split, strict=True)
-            ]
-            result.append(torch.cat(parts, dim=1).view_as(x))
-        return result[0], result[1]
+        return _by_group(
+            key,
+            value,
+            self._groups,
+            lambda g, kind, part: self._parts[layer, g, kind](part, tokens.visual),
+        )
+
+
+def _by_group(
+    key: Tensor, value: Tensor, groups: int, read: Callable[[int, Kind, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Keys and values `[T, Hk, D]` as `read` gives back those `[T, GD]` of each head group."""
+    result = []
+    for kind, x in zip(KINDS, (key, value), strict=True):
+        split = x.flatten(1).chunk(groups, dim=1)
+        parts = [read(g, kind, part) for g, part in enumerate(split)]
+        result.append(torch.cat(parts, dim=1).view_as(x))
+    return result[0], result[1]
 
 
 class _Part:
@@ -305,7 +314,7 @@ class IdealCodec(TokenCodec):
         variances = [bases[i][g][kind].variance.clamp_min(1e-30) for i, g, kind in units]
         weights = [prices[i, kind] for i, _, kind in units]
         levels = [
-            _water_level(
+            water_level(
                 np.concatenate([v[m].numpy() * w for v, w in zip(variances, weights, strict=True)]),
                 8 * shape.dense_bytes / ratio,
             )
@@ -319,16 +328,15 @@ class IdealCodec(TokenCodec):
         self, layer: int, key: Tensor, value: Tensor, tokens: Tokens
     ) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(layer)
-        result = []
-        for kind, x in zip(KINDS, (key, value), strict=True):
-            groups = self._bases[layer]
-            split = x.flatten(1).chunk(len(groups), dim=1)
-            parts = [
-                self._read(basis[kind], self._distortion[layer, g, kind], part, tokens, generator)
-                for g, (basis, part) in enumerate(zip(groups, split, strict=True))
-            ]
-            result.append(torch.cat(parts, dim=1).view_as(x))
-        return result[0], result[1]
+        bases = self._bases[layer]
+        return _by_group(
+            key,
+            value,
+            len(bases),
+            lambda g, kind, part: self._read(
+                bases[g][kind], self._distortion[layer, g, kind], part, tokens, generator
+            ),
+        )
 
     @staticmethod
     def _read(
@@ -348,7 +356,7 @@ class IdealCodec(TokenCodec):
         return out
 
 
-def _water_level(variance: np.ndarray, bits: float) -> float:
+def water_level(variance: np.ndarray, bits: float) -> float:
     """The distortion of every dim that is given bits when `bits` are spent over all dims."""
     low, high = 0.0, float(variance.max())
     for _ in range(200):

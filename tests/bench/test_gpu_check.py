@@ -42,7 +42,7 @@ def test_every_part_runs_in_the_interpreter(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "out" / "gpu_check_dry_run.json").read_text())
     assert found["dry_run"] and "out_of_time" not in found
-    assert len(found["correct"]) == 6 and all(row["passed"] for row in found["correct"])
+    assert len(found["correct"]) == 8 and all(row["passed"] for row in found["correct"])
     assert found["rates"].keys() == {"copy_bytes_per_second", "matmul_flops"}
     (row,) = found["decode"]
     assert row["ours_seconds"] > 0 and row["speed_up"] > 0 and row["goal"] == 4
@@ -51,7 +51,7 @@ def test_every_part_runs_in_the_interpreter(tmp_path):
     assert [row.get("tile") for row in found["tune"]] == [None, 64, 64]
     assert all("seconds" in row for row in found["tune"])
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("gpu_check on none (interpreter): 6 of 6 comparisons passed; copy")
+    assert lines[0].startswith("gpu_check on none (interpreter): 8 of 8 comparisons passed; copy")
     assert lines[1].startswith("| layer | requests x context | ours | best dense | speed-up |")
     assert lines[3].count("|") == lines[1].count("|") and "failed" not in lines[3]
     assert lines[4].startswith("store of 64 tokens: ")

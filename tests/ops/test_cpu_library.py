@@ -18,7 +18,9 @@ from vllm_attentionpack.ops.select import select_ops
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", ["cpu_attend", "cpu_store", "cpu_project", "cpu_unpack"])
+@pytest.mark.parametrize(
+    "name", ["cpu_attend", "cpu_store", "cpu_project", "cpu_unpack", "cpu_exact"]
+)
 def test_custom_ops_have_fakes(name):
     """PyTorch's own check: schema, mutation, fake tensors."""
     codec = random_codec(2, 2, 32)
@@ -36,6 +38,9 @@ def test_custom_ops_have_fakes(name):
     elif name == "cpu_unpack":
         rank = codec.groups[0].key.rank
         args = (case.kv_cache, case.block_table[0], table[0, 0], rank, 40, 16, True)
+    elif name == "cpu_exact":
+        pages, slots = torch.randn(5, 8, 2, 2, 32), torch.arange(6)[None]
+        args = (case.query, pages, slots, slots < 4, case.batch.query_start_loc, 0.2)
     else:
         encode = plan.encode[0]["key"]
         latent = torch.randn(3, len(encode.step))

@@ -42,6 +42,7 @@ class EngineState:
     """Configuration, pack, and what was derived from them for this worker.
 
     Attributes:
+        prefill: the library for exact attention among new tokens, by name.
         layers: vLLM's attention layers by name, for a model and its drafter.
         codecs: handed to layers so far, by layer name.
         exact_layers: the companions of compacted layers, by the names of the latter.
@@ -138,6 +139,7 @@ class EngineState:
 
     @property
     def prefills_densely(self) -> bool:
+        """Whether long chunks go to vLLM's own op (`attention.dense_prefill`)."""
         return self.prefill == DENSE and self.config.exact_prefill
 
     @property

@@ -24,6 +24,7 @@ from torch import Tensor
 from vllm_attentionpack.bench.shapes import LayerShape
 from vllm_attentionpack.calibrate.settings import DEFAULT_SINKS, DEFAULT_WINDOW
 from vllm_attentionpack.codec.codec import LayerCodec
+from vllm_attentionpack.kv_cache.pages import PREFERRED_EXACT_TOKENS
 from vllm_attentionpack.ops import QueryBatch
 from vllm_attentionpack.ops import triton as ops
 from vllm_attentionpack.ops.exact import ExactTokens
@@ -43,8 +44,6 @@ _KERNELS = {
     "project": ("absorb_kernel", "up_project_kernel"),
     "store": "store_kernel",
 }
-#: Tokens of a block of the exact cache (`kv_cache.pages`).
-_EXACT_BLOCK = 8
 _POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -195,7 +194,7 @@ def launches(case: Case, capability: int) -> list[Launch]:
     query = torch.empty(tokens, layer.query_heads, layer.head_size, dtype=case.dtype)
     key = torch.empty(tokens, layer.kv_heads, layer.head_size, dtype=case.dtype)
     slots = torch.empty(tokens, dtype=torch.int64)
-    pages = torch.empty(1, _EXACT_BLOCK, 2, *key.shape[1:], dtype=case.dtype)
+    pages = torch.empty(1, PREFERRED_EXACT_TOKENS, 2, *key.shape[1:], dtype=case.dtype)
     tokens_kept = ExactTokens.empty(case.requests, DEFAULT_SINKS, DEFAULT_WINDOW, device)
     visual = torch.zeros(tokens, dtype=torch.bool) if layer.modalities == 2 else None
     if case.ranges:  # as `locate_exact` gives them

@@ -9,8 +9,9 @@ import torch
 
 from vllm_attentionpack.bench.gpu_pages import Pages, Run
 from vllm_attentionpack.bench.shapes import LayerShape
-from vllm_attentionpack.ops import reference
+from vllm_attentionpack.ops import QueryBatch, reference
 from vllm_attentionpack.ops import triton as kernels
+from vllm_attentionpack.ops.exact import ExactTokens
 
 #: Operands are float16, whose relative rounding is 2**-11; sums keep about ten bits.
 TOLERANCE = 2e-3
@@ -56,7 +57,7 @@ def check_correct(run: Run) -> list[dict[str, Any]]:
 
 def _check_layer(run: Run, layer: LayerShape, dtype: torch.dtype) -> list[dict[str, Any]]:
     torch.manual_seed(0)
-    rows = [_check_store(run, layer, dtype)]
+    rows = [_check_store(run, layer, dtype), _check_exact(run, layer, dtype)]
     steps = [(1000, 1, 128), (333, 5, 16), (700, 200, 64)]
     if run.dry:
         steps = [(40, 1, 16), (200, 3, 32)]
@@ -77,6 +78,38 @@ def _check_layer(run: Run, layer: LayerShape, dtype: torch.dtype) -> list[dict[s
             }
         )
     return rows
+
+
+def _check_exact(run: Run, layer: LayerShape, dtype: torch.dtype) -> dict[str, Any]:
+    """Exact tokens, some of them absent, merged with those of another step."""
+    requests, most, size, blocks = 3, 67, 8, 40
+    heads = layer.kv_heads, layer.head_size
+    pages = torch.randn(blocks, size, 2, *heads, device=run.device).to(dtype)
+    slots = torch.randperm(blocks * size, device=run.device)[: requests * most].view(requests, most)
+    present = torch.rand(requests, most, device=run.device) < 0.8
+    none = torch.zeros(requests, dtype=torch.int64, device=run.device)
+    tokens = ExactTokens(slots, present, none, none, 4)
+    starts = [0, 1, 6, 7]
+    batch = QueryBatch.build(starts, [200] * requests, run.device)
+    query = torch.randn(starts[-1], layer.query_heads, layer.head_size, device=run.device).to(dtype)
+    found, want = (
+        ops.merge_attention(
+            ops.exact_attention(query, pages, tokens, batch, layer.head_size**-0.5),
+            (query, torch.zeros(query.shape[:2], device=run.device)),
+        )
+        for ops in (kernels, reference)
+    )
+    error = ((found[0] - want[0]).abs().max() / want[0].abs().max()).item()
+    lse_error = (found[1] - want[1]).abs().max().item()
+    # Softmax weights meet values in the model's dtype, of which bfloat16 has eight bits.
+    tolerance = TOLERANCE * (4 if dtype == torch.bfloat16 else 1)
+    return {
+        "what": f"exact tokens, {layer.name}",
+        "dtype": str(dtype),
+        "error": error,
+        "lse_error": lse_error,
+        "passed": error < tolerance and lse_error < 2 * TOLERANCE,
+    }
 
 
 def _check_store(run: Run, layer: LayerShape, dtype: torch.dtype) -> dict[str, Any]:

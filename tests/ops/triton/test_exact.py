@@ -63,6 +63,13 @@ def test_merge(count, dims):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_merge_refuses_what_it_would_drop(count):
+    part = torch.zeros(2, 3, 64), torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=f"{count} parts"):
+        kernels.merge_attention(*[part] * count)
+
+
 def test_nothing_new():
     """A step of no tokens launches nothing."""
     batch = QueryBatch.build([0, 0], [1], CPU)

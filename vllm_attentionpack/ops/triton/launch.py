@@ -115,8 +115,8 @@ def encode_shape(prepared: Prepared, tokens: int) -> EncodeShape:
 def exact_shape(head_size: int, wanted: int) -> ExactShape:
     """Chooses the launch of attention to exact tokens for `wanted` rows of a request and head."""
     dims = max(16, power_of_two(head_size))
-    most = 64 if dims <= 128 else 32  # of sums `rows * dims` a thread has a share
-    return ExactShape(max(16, min(most, power_of_two(wanted))), 64 if dims <= 128 else 32, dims)
+    tile = _MOST_ROWS if dims <= 128 else 32  # of sums `rows * dims` a thread has a share
+    return ExactShape(max(SMALLEST_ROWS, min(tile, power_of_two(wanted))), tile, dims)
 
 
 def _shared_bytes(shape: AttendShape, prepared: Prepared) -> int:

@@ -343,6 +343,8 @@ def exact_attention(
 def merge_attention(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     from vllm_attentionpack.ops.triton.exact import join_kernel
 
+    if not 2 <= len(parts) <= 4:
+        raise ValueError(f"{len(parts)} parts of attention to merge; the kernel takes 2 to 4")
     first = parts[0][1]
     out = torch.empty(parts[0][0].shape, dtype=torch.float32, device=first.device)
     lse = torch.empty(first.shape, dtype=torch.float32, device=first.device)

@@ -123,7 +123,7 @@ class ExactAttention {
         const float top = *std::max_element(logits, logits + count_);
         Float totals{};
         for (int64_t t = 0; t < count_; t += kLanes) {
-            Float weight = exp2_of<6>((part(logits, t, count_) - top) * 1.44269504f);
+            Float weight = exp2_of<6>((part(logits, t, count_) - top) * kLog2E);
             for (int64_t lane = count_ - t; lane < kLanes; ++lane) weight[lane] = 0.0f;
             totals += weight;
             store(logits + t, weight);

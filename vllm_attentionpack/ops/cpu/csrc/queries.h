@@ -13,8 +13,6 @@ namespace attentionpack {
 namespace {
 
 constexpr float kLargest16 = 32767.0f, kLargest8 = 127.0f;
-// Logits are logarithms to the base of two.
-constexpr float kLog2E = 1.44269504f;
 // Queries go to 8 bits for planes of 2 and 4 bits where that moves logits by less than this (root mean
 // square).
 constexpr float kQuadError = 0.01f;

@@ -159,6 +159,9 @@ AP_INLINE ByRow largest_by_row(const Float (&x)[kRowGroup]) {
 }
 #endif
 
+// Softmax is to the base of two: logits are multiplied by this.
+constexpr float kLog2E = 1.44269504f;
+
 // 2 ** x for x <= 0, to two units in the last place or, by a polynomial of degree 4, to 3e-6; zero below
 // -126 where there is no instruction for it, so for minus infinity. The polynomials are those of least
 // relative error for 0 to 1.
