@@ -20,6 +20,7 @@ QUESTIONS: dict[str, Callable[[Study], None]] = {
     "sensitivity": questions.sensitivity,
     "key_price": questions.key_price,
     "bits": questions.bits,
+    "widths": questions.widths,
     "ideal": questions.ideal,
     "scales": questions.scales,
     "rotation": questions.rotation,

@@ -84,9 +84,10 @@ class Study:
         assembled = fitted.at(ratio or self.ratio)
         return PackCodec(self.setting.shape, assembled.codecs(self.table.device), exact)
 
-    def variant(self, form: Format, bases: Any = None) -> VariantCodec:
-        bases = bases or self.base.assembler.bases
-        return VariantCodec(self.setting.shape, bases, _prices(self.base), self.ratio, form)
+    def variant(self, form: Format, fitted: Fitted | None = None, ratio: float = 0) -> VariantCodec:
+        fitted = fitted or self.base
+        bases, prices = fitted.assembler.bases, _prices(fitted)
+        return VariantCodec(self.setting.shape, bases, prices, ratio or self.ratio, form)
 
     def ideal(self, fitted: Fitted, ratio: float) -> IdealCodec:
         return IdealCodec(self.setting.shape, fitted.assembler.bases, _prices(fitted), ratio)
@@ -223,8 +224,20 @@ def bits(study: Study) -> None:
         study.add("bits", name, study.variant(form))
 
 
+def widths(study: Study) -> None:
+    """5b. Widths that are sums of two planes' (6 = 4 + 2, 10 = 8 + 2, 12 = 8 + 4), by ratio."""
+    for ratio in (4.0, 6.0, 8.0, 12.0):
+        fitted = study.setting.priced(study.base.assembler, ratio=ratio)
+        for chosen in ((2, 4, 8), (2, 4, 8, 12), (2, 4, 6, 8), (2, 4, 6, 8, 10, 12)):
+            codec = study.variant(Format(bits=chosen), fitted, ratio)
+            dims = np.concatenate([list(bits) for bits in codec.bits.values()])
+            columns = int((dims > 0).sum() + np.isin(dims, (6, 10, 12)).sum())
+            name = f"{ratio:g}x {{{', '.join(map(str, chosen))}}}"
+            study.add("widths", name, codec, dims=int((dims > 0).sum()), columns=columns)
+
+
 def ideal(study: Study) -> None:
-    """5b. How far the quantiser is from codes without a bound on their length, at given bits."""
+    """5c. How far the quantiser is from codes without a bound on their length, at given bits."""
     for ratio in (4.0, study.ratio):
         study.add("ideal", f"ours {ratio:g}x", study.codec(study.base, ratio))
         study.add("ideal", f"ideal codes {ratio:g}x", study.ideal(study.base, ratio))
