@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--baselines", nargs="+", help="only those with one of these in the name")
     parser.add_argument("--captured-tokens", type=int, default=16_384, help="for OSCAR's rotations")
     parser.add_argument("--ratios", type=float, nargs="+", default=[4, 5, 6, 8, 10, 12, 16])
-    parser.add_argument("--exact-ratios", type=float, nargs="+", default=[8, 10, 12, 16])
+    parser.add_argument("--exact-ratios", type=float, nargs="+", default=[4, 6, 8, 10, 12, 16])
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--recent", type=int, default=64)
     options = parser.parse_args()

@@ -8,7 +8,7 @@ from pathlib import Path
 from vllm_attentionpack.report.markdown import with_figures
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "quality.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "quality.md", ROOT / "docs" / "window.md")
 
 
 def main() -> int:

@@ -12,21 +12,23 @@ from vllm_attentionpack.report.goals import breaking_ratios, goals
 def with_figures(text: str, results: Path) -> str:
     """`text` with what stands between `<!-- figures: NAME -->` and `<!-- end -->` made anew.
 
-    NAME is a result file, SUBJECT_TABLE; `NAME default` shows its rows with default exact tokens.
+    NAME is a result file, SUBJECT_TABLE; `NAME default` shows its rows with default exact tokens,
+    `NAME some` those with some windows.
 
     Raises:
         KeyError: a name that no table is known for.
     """
 
     def replace(match: "re.Match[str]") -> str:
-        name, short = match.group(1), match.group(2)
+        name, chosen = match.group(1), match.group(2) or ""
         result = json.loads((results / f"{name}.json").read_text())
-        if short:
-            result["rows"] = [row for row in result["rows"] if _exact(row) == _DEFAULT_EXACT]
+        if chosen:
+            shown = _CHOSEN[chosen.strip()]
+            result["rows"] = [row for row in result["rows"] if _exact(row) in shown]
         table = _TABLES[name.rpartition("_")[2]](result)
-        return f"<!-- figures: {name}{short or ''} -->\n{table}\n<!-- end -->"
+        return f"<!-- figures: {name}{chosen} -->\n{table}\n<!-- end -->"
 
-    marks = r"<!-- figures: (\w+)( default)? -->.*?<!-- end -->"
+    marks = rf"<!-- figures: (\w+)( (?:{'|'.join(_CHOSEN)}))? -->.*?<!-- end -->"
     return re.sub(marks, replace, text, flags=re.DOTALL)
 
 
@@ -133,11 +135,10 @@ def _window(result: dict[str, Any]) -> str:
         "requests that fit, to dense: 2k / 32k tokens |",
         "|---|---|---|---|---|",
     ]
-    rows = [row for row in result["rows"] if _exact(row) in _SHOWN_EXACT]
-    for row in sorted(rows, key=lambda row: float(row["family"].rstrip("x"))):
+    for row in sorted(result["rows"], key=lambda row: float(row["family"].rstrip("x"))):
         lines.append(
             f"| {row['family']} | {row['sinks']} + {row['window']} | "
-            + " / ".join(f"{row['groups'][g]['kl']:.4f}" for g in groups)
+            + " / ".join(f"{row['groups'][g]['kl']:.5f}" for g in groups)
             + " | "
             + " / ".join(f"{row['groups'][g]['accuracy']:.1%}" for g in answered)
             + f" | {row['capacity_2048']:.1f}x / {row['capacity_32768']:.1f}x |"
@@ -154,8 +155,8 @@ def _window(result: dict[str, Any]) -> str:
 
 
 _DEFAULT_EXACT = (DEFAULT_SINKS, DEFAULT_WINDOW)
-#: Sinks and windows that documents show; the result file holds the whole grid.
-_SHOWN_EXACT = ((0, 0), (4, 32), _DEFAULT_EXACT)
+#: Sinks and windows that a document may choose of those that a file holds.
+_CHOSEN = {"default": (_DEFAULT_EXACT,), "some": ((0, 0), (4, 32), _DEFAULT_EXACT)}
 _SHOWN_KINDS = ("modality=visual", "kind=passage", "kind=recall", "kind=text")
 
 _TABLES = {"window": _window, "packs": _packs, "codecs": _codecs}
