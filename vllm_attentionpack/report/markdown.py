@@ -92,7 +92,7 @@ def _codecs(result: dict[str, Any]) -> str:
         name = f"**{row['name']}**" if row["family"] == "ours" else row["name"]
         lines.append(
             f"| {name} | {row['ratio']:.2f}x | "
-            + " / ".join(f"{row['groups'][g]['kl']:.5f}" for g in groups)
+            + " / ".join(f"{row['groups'][g]['kl']:.6f}" for g in groups)
             + " | "
             + " / ".join(f"{row['groups'][g]['accuracy']:.1%}" for g in answered)
             + " |"
@@ -110,10 +110,10 @@ def _codecs(result: dict[str, Any]) -> str:
     ]
     verdicts = {True: "met", False: "**missed**", None: "reported"}
     for goal in goals(result):
-        form = "{:.1%}" if goal.text.startswith("accuracy") else "{:.5f}"
+        form = "{:.1%}" if goal.text.startswith("accuracy") else "{:.6f}"
         value, bound = form.format(goal.value), form.format(goal.bound)
         if goal.error is not None:
-            value += f" ± {goal.error:.5f}"
+            value += f" ± {goal.error:.6f}"
         kind = f"{goal.group.partition('=')[2]}, {goal.items}"
         lines.append(f"| {goal.text} | {kind} | {value} | {bound} | {verdicts[goal.passed]} |")
     for group, ratio in breaking_ratios(result).items():
