@@ -82,6 +82,7 @@ def engine(pack: Path | None, **sections: Any) -> SimpleNamespace:
         additional_config={"attentionpack": {"pack": str(pack)}} if pack else {},
         model_config=sections.pop("model", model()),
         speculative_config=sections.pop("speculative_config", None),
+        kv_transfer_config=sections.pop("kv_transfer_config", None),
         **{
             name: SimpleNamespace(**{**values, **sections.get(name, {})})
             for name, values in parts.items()
@@ -187,6 +188,13 @@ def test_contexts_beyond_the_calibrated_ones_get_a_warning(tmp_path, caplog):
     assert "not calibrated" in caplog.text and "--max-model-len 1024" in caplog.text
 
 
+def test_connectors_do_not_know_the_pack(pack, caplog):
+    transfer = SimpleNamespace(kv_connector="OffloadingConnector")
+    with caplog.at_level(logging.WARNING, logger="vllm.attentionpack"):
+        check(engine(pack, kv_transfer_config=transfer))
+    assert "'OffloadingConnector' moves blocks of codes that only this pack can read" in caplog.text
+
+
 # The model
 
 
@@ -276,14 +284,13 @@ def test_exact_tokens_and_micro_batches(pack):
     assert "micro-batching" in message and "exact tokens are looked up once per step" in message
 
 
-def test_exact_tokens_and_pipeline_stages(pack, monkeypatch):
+def test_exact_tokens_and_pipeline_stages(pack):
     """A stage without a layer in some KV-cache group would end in an assertion of vLLM."""
-    stages = {"pipeline_parallel_size": 2}
-    check(with_window(engine(pack, parallel_config=stages), window=32))
-    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "0,2")
-    check(engine(pack, parallel_config=stages))  # the pack advises none
-    message = refusal(ConfigError, with_window(engine(pack, parallel_config=stages), window=32))
-    assert "--pipeline-parallel-size is 2" in message and "0, 2 layers" in message
+    two, three = ({"pipeline_parallel_size": stages} for stages in (2, 3))
+    check(with_window(engine(pack, parallel_config=two), window=32))
+    check(engine(pack, parallel_config=three))  # the pack advises none
+    message = refusal(ConfigError, with_window(engine(pack, parallel_config=three), window=32))
+    assert "--pipeline-parallel-size is 3" in message and "1, 1, 0 layers" in message
     assert '"window": 0 and "sinks": 0' in message
 
 

@@ -44,6 +44,7 @@ def check(vllm_config: Any) -> None:
     if header.num_modalities == 2:
         check_modality_options(vllm_config.parallel_config)
     _warn_about_context(vllm_config.model_config.max_model_len, header)
+    _warn_about_connector(vllm_config.kv_transfer_config)
 
 
 def check_model(vllm_config: Any) -> None:
@@ -209,4 +210,15 @@ def _warn_about_context(max_model_len: int, header: PackHeader) -> None:
             max_model_len,
             header.max_context,
             header.max_context,
+        )
+
+
+def _warn_about_connector(transfer: Any) -> None:
+    if transfer is not None and transfer.kv_connector is not None:
+        logger.warning(
+            "the KV connector '%s' moves blocks of codes that only this pack can read, and does "
+            "not know the pack: blocks that were stored with another one, or come from an engine "
+            "with another one, are read as if they were of this one. Give each pack a store and "
+            "peers of its own.",
+            transfer.kv_connector,
         )
