@@ -81,6 +81,8 @@ def engine(pack: Path | None, **sections: Any) -> SimpleNamespace:
     return SimpleNamespace(
         additional_config={"attentionpack": {"pack": str(pack)}} if pack else {},
         model_config=sections.pop("model", model()),
+        speculative_config=sections.pop("speculative_config", None),
+        kv_transfer_config=sections.pop("kv_transfer_config", None),
         **{
             name: SimpleNamespace(**{**values, **sections.get(name, {})})
             for name, values in parts.items()
@@ -186,6 +188,13 @@ def test_contexts_beyond_the_calibrated_ones_get_a_warning(tmp_path, caplog):
     assert "not calibrated" in caplog.text and "--max-model-len 1024" in caplog.text
 
 
+def test_connectors_do_not_know_the_pack(pack, caplog):
+    transfer = SimpleNamespace(kv_connector="OffloadingConnector")
+    with caplog.at_level(logging.WARNING, logger="vllm.attentionpack"):
+        check(engine(pack, kv_transfer_config=transfer))
+    assert "'OffloadingConnector' moves blocks of codes that only this pack can read" in caplog.text
+
+
 # The model
 
 
@@ -275,6 +284,16 @@ def test_exact_tokens_and_micro_batches(pack):
     assert "micro-batching" in message and "exact tokens are looked up once per step" in message
 
 
+def test_exact_tokens_and_pipeline_stages(pack):
+    """A stage without a layer in some KV-cache group would end in an assertion of vLLM."""
+    two, three = ({"pipeline_parallel_size": stages} for stages in (2, 3))
+    check(with_window(engine(pack, parallel_config=two), window=32))
+    check(engine(pack, parallel_config=three))  # the pack advises none
+    message = refusal(ConfigError, with_window(engine(pack, parallel_config=three), window=32))
+    assert "--pipeline-parallel-size is 3" in message and "1, 1, 0 layers" in message
+    assert '"window": 0 and "sinks": 0' in message
+
+
 def test_advice_of_the_pack_can_be_overruled(pack, tmp_path):
     header = identity_pack(PRINT, NAMES, heads_per_group=2).header
     advised = tmp_path / "advised.pack.safetensors"
@@ -283,6 +302,57 @@ def test_advice_of_the_pack_can_be_overruled(pack, tmp_path):
     scheduler = {"disable_hybrid_kv_cache_manager": True}
     refusal(ConfigError, engine(advised, scheduler_config=scheduler))
     check(with_window(engine(advised, scheduler_config=scheduler), window=0, sinks=0))
+
+
+NOTHING_FULL = [
+    {
+        "backend": None,
+        "backend_per_kind": {"sliding_window": SimpleNamespace(name="ATTENTIONPACK")},
+    },
+    {
+        "backend": SimpleNamespace(name="ATTENTIONPACK"),
+        "backend_per_kind": {"full_attention": SimpleNamespace(name="FLASH_ATTN")},
+    },
+]
+
+
+@pytest.mark.parametrize("attention", NOTHING_FULL)
+def test_a_selection_that_compacts_nothing(pack, attention):
+    """vLLM would serve every layer densely and say nothing."""
+    message = refusal(ConfigError, engine(pack, attention_config=attention))
+    assert "not for those with full attention, whose cache would stay dense" in message
+    assert "--attention-backend ATTENTIONPACK" in message
+
+
+def drafter(method: str, backend: str | None = None) -> SimpleNamespace:
+    return SimpleNamespace(
+        method=method,
+        uses_draft_kv_cache=lambda: method != "ngram",
+        attention_backend=backend and SimpleNamespace(name=backend),
+    )
+
+
+def test_exact_tokens_and_layers_that_draft(pack):
+    """vLLM's own words come once the drafter is loaded, and name neither."""
+    check(engine(pack, speculative_config=drafter("draft_model")))  # the pack advises none
+    check(with_window(engine(pack, speculative_config=drafter("ngram")), window=32))
+    config = with_window(engine(pack, speculative_config=drafter("eagle3")), window=32)
+    message = refusal(ConfigError, config)
+    assert "'eagle3' drafts with layers of its own" in message and "'ngram'" in message
+    assert '"window": 0 and "sinks": 0' in message
+
+
+def test_layers_that_draft_are_not_in_the_pack(pack):
+    chosen = {"full_attention": SimpleNamespace(name="ATTENTIONPACK")}
+    inherited = {"backend": None, "backend_per_kind": chosen}
+    for config in (
+        engine(pack, speculative_config=drafter("eagle"), attention_config=inherited),
+        engine(pack, speculative_config=drafter("draft_model", "ATTENTIONPACK")),
+    ):
+        message = refusal(ConfigError, config)
+        assert "selected for the layers that draft" in message and "no codecs" in message
+    check(engine(pack, speculative_config=drafter("ngram"), attention_config=inherited))
+    check(engine(pack, speculative_config=drafter("eagle", "FLASH_ATTN")))
 
 
 def test_pipeline_stages_do_not_know_the_modality(pack_of_two_modalities):
@@ -402,7 +472,20 @@ def test_the_reference_model_is_checked_at_start_up(engine_config, tmp_path):
         serve(good, attention_backend="ATTENTIONPACK", kv_cache_dtype="fp8")
     with pytest.raises(PackMismatchError):
         serve(bad, attention_config={"backend_per_kind": {"full_attention": "ATTENTIONPACK"}})
-    assert serve(bad).attention_config.backend is None
+
+
+@pytest.mark.slow
+def test_a_section_without_the_backend_gets_a_warning(engine_config, caplog):
+    """Nothing else would say that the cache is dense."""
+    section = {"attentionpack": {"pack": "absent"}}
+    with caplog.at_level(logging.WARNING, logger="vllm.attentionpack"):
+        assert engine_config(additional_config=section).attention_config.backend is None
+        assert "the KV cache is dense" in caplog.text
+        assert "--attention-backend ATTENTIONPACK" in caplog.text
+        caplog.clear()
+        engine_config()
+        engine_config(additional_config=section, attention_backend="ATTENTIONPACK_STATS")
+    assert "dense" not in caplog.text
 
 
 @pytest.mark.slow

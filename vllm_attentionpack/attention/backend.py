@@ -46,6 +46,11 @@ class AttentionPackBackend(AttentionBackend):
         return head_size % 16 == 0
 
     @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        # The longest query is read on the host: see `AttentionPackMetadataBuilder.build`.
+        return False
+
+    @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
 

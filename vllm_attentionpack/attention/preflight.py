@@ -20,6 +20,7 @@ logger = logging.getLogger("vllm.attentionpack")
 
 _SLIDING, _CHUNKED = "sliding_attention", "chunked_attention"
 _SLIDING_KIND = "sliding_window"
+_FULL_KIND = "full_attention"
 
 
 def check(vllm_config: Any) -> None:
@@ -34,6 +35,7 @@ def check(vllm_config: Any) -> None:
     config = serve_config(vllm_config.additional_config)
     check_model(vllm_config)
     check_options(vllm_config)
+    check_selection(vllm_config)
     header = read_header(config.pack)
     check_fingerprint(header.fingerprint, fingerprint(vllm_config.model_config), str(config.pack))
     check_shardable(header, vllm_config.parallel_config.tensor_parallel_size)
@@ -42,6 +44,7 @@ def check(vllm_config: Any) -> None:
     if header.num_modalities == 2:
         check_modality_options(vllm_config.parallel_config)
     _warn_about_context(vllm_config.model_config.max_model_len, header)
+    _warn_about_connector(vllm_config.kv_transfer_config)
 
 
 def check_model(vllm_config: Any) -> None:
@@ -97,16 +100,56 @@ def check_options(vllm_config: Any) -> None:
             )
 
 
+def check_selection(vllm_config: Any) -> None:
+    """Raises `ConfigError` where the backend is selected for none or for the wrong layers."""
+    attention = vllm_config.attention_config
+    kinds = attention.backend_per_kind
+    if not _is_ours(kinds.get(_FULL_KIND, attention.backend)):
+        chosen = ", ".join(f"{kind}: {backend.name}" for kind, backend in kinds.items())
+        raise ConfigError(
+            f"backend_per_kind ({chosen}) selects {BACKEND} for layers that it cannot serve and "
+            "not for those with full attention, whose cache would stay dense. Select it with "
+            f"--attention-backend {BACKEND} or {PER_KIND_OPTION}."
+        )
+    drafter = vllm_config.speculative_config
+    if drafter is None or not drafter.uses_draft_kv_cache():
+        return
+    # vLLM hands backend_per_kind on to the drafter, but not --attention-backend.
+    if _is_ours(kinds.get(_FULL_KIND, drafter.attention_backend)):
+        raise ConfigError(
+            f"{BACKEND} is selected for the layers that draft, too (speculative method "
+            f"'{drafter.method}'), for which the pack has no codecs; they need a dense cache. "
+            f"Select it with --attention-backend {BACKEND}, which they do not inherit, instead of "
+            "backend_per_kind or the speculative config's attention_backend; or draft with 'ngram'."
+        )
+
+
 def check_exact_cache_options(vllm_config: Any) -> None:
     """Raises `ConfigError` where vLLM cannot give a layer two caches."""
     advice = 'Or keep no token exact: "window": 0 and "sinks": 0 in the attentionpack section.'
+    drafter = vllm_config.speculative_config
+    if drafter is not None and drafter.uses_draft_kv_cache():
+        raise ConfigError(
+            f"the speculative method '{drafter.method}' drafts with layers of its own, whose dense "
+            "cache cannot lie beside both the compacted one and that of exact tokens. Draft with "
+            f"'ngram'. {advice}"
+        )
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise ConfigError(
             "the hybrid KV cache manager is off (--disable-hybrid-kv-cache-manager, or a KV "
             "connector that does not support it), but exact tokens have a cache of their own "
             f"beside the compacted one. Leave it on. {advice}"
         )
-    if vllm_config.parallel_config.use_ubatching:
+    parallel = vllm_config.parallel_config
+    layers = _layers_per_stage(vllm_config.model_config, parallel.pipeline_parallel_size)
+    if len(set(layers)) > 1 and not _has_sliding_layers(vllm_config.model_config):
+        raise ConfigError(
+            f"--pipeline-parallel-size is {parallel.pipeline_parallel_size} and the stages have "
+            f"{', '.join(map(str, layers))} layers, but the exact tokens of all stages share one "
+            "kind of block, which holds those of equally many layers. Use a size that divides the "
+            f"number of layers, {sum(layers)}. {advice}"
+        )
+    if parallel.use_ubatching:
         raise ConfigError(
             "micro-batching (--enable-dbo, --ubatch-size) is on, but exact tokens are looked up "
             f"once per step, not per micro-batch. Turn micro-batching off. {advice}"
@@ -130,6 +173,14 @@ def check_modality_options(parallel: Any) -> None:
         )
 
 
+def _layers_per_stage(model: Any, stages: int) -> list[int]:
+    from vllm.distributed.utils import get_pp_indices
+
+    layers = model.model_arch_config.total_num_hidden_layers
+    bounds = [get_pp_indices(layers, stage, stages) for stage in range(stages)]
+    return [stop - start for start, stop in bounds]
+
+
 def _layer_types(model: Any) -> list[str]:
     return list(getattr(model.hf_text_config, "layer_types", None) or ())
 
@@ -139,8 +190,11 @@ def _has_sliding_layers(model: Any) -> bool:
 
 
 def _selected_for_sliding(attention: Any) -> bool:
-    chosen = attention.backend_per_kind.get(_SLIDING_KIND, attention.backend)
-    return chosen is not None and chosen.name == BACKEND
+    return _is_ours(attention.backend_per_kind.get(_SLIDING_KIND, attention.backend))
+
+
+def _is_ours(backend: Any) -> bool:
+    return backend is not None and backend.name == BACKEND
 
 
 def _next_multiple(size: int) -> int:
@@ -156,4 +210,15 @@ def _warn_about_context(max_model_len: int, header: PackHeader) -> None:
             max_model_len,
             header.max_context,
             header.max_context,
+        )
+
+
+def _warn_about_connector(transfer: Any) -> None:
+    if transfer is not None and transfer.kv_connector is not None:
+        logger.warning(
+            "the KV connector '%s' moves blocks of codes that only this pack can read, and does "
+            "not know the pack: blocks that were stored with another one, or come from an engine "
+            "with another one, are read as if they were of this one. Give each pack a store and "
+            "peers of its own.",
+            transfer.kv_connector,
         )

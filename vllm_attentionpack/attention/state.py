@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_attentionpack.attention.prefill import DENSE, UNCAPTURED, FreshAttention, select_prefill
 from vllm_attentionpack.codec.codec import LayerCodec
+from vllm_attentionpack.codec.layout import LayerLayout
 from vllm_attentionpack.config import ServeConfig, serve_config
 from vllm_attentionpack.errors import PackMismatchError
 from vllm_attentionpack.kv_cache.pages import PageGeometry, exact_blocks, page_geometry
@@ -202,18 +203,30 @@ class EngineState:
                     dense_bytes,
                 )
             else:
-                names = self.compacted_layers
-                stored = sum(self.codec(name).layout.bytes_per_token for name in names)
+                layers = [self.codec(name).layout for name in self.compacted_layers]
                 cache = vllm_config.cache_config
                 chosen = spec.block_size if cache.user_specified_block_size else None
-                self.geometry = page_geometry(stored, len(names) * dense_bytes, chosen)
+                # Block sizes for the layers of all pipeline stages: vLLM wants them to agree.
+                tokens = page_geometry(
+                    sum(layout.bytes_per_token for layout in self.layouts),
+                    len(self.layouts) * dense_bytes,
+                    chosen,
+                )
+                self.geometry = tokens.holding(
+                    sum(layout.bytes_per_token for layout in layers), len(layers) * dense_bytes
+                )
         return self.geometry
 
     @property
-    def largest_bytes_per_token(self) -> int:
-        """Of this rank's layers; ranks agree."""
+    def layouts(self) -> list[LayerLayout]:
+        """This rank's share of every layer in the pack, those of other pipeline stages included."""
         layouts = self.pack.header.layouts()
-        return max(shard_layout(x, self.tp_size, self.tp_rank).bytes_per_token for x in layouts)
+        return [shard_layout(layout, self.tp_size, self.tp_rank) for layout in layouts]
+
+    @property
+    def largest_bytes_per_token(self) -> int:
+        """Of all layers; ranks agree."""
+        return max(layout.bytes_per_token for layout in self.layouts)
 
     def report(self, spec: AttentionSpec, vllm_config: VllmConfig) -> None:
         """Logs once what the cache of this worker holds; `spec` is that of one compacted layer.

@@ -7,12 +7,16 @@ Cause: vLLM calls no plugin between the finished configuration and the start of 
 Remove when: vLLM lets a backend validate the finished `VllmConfig`.
 """
 
+import logging
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm_attentionpack.compat.features import check_features
 from vllm_attentionpack.compat.wrap import wrap_method
+from vllm_attentionpack.config import SECTION
+
+logger = logging.getLogger("vllm.attentionpack")
 
 
 def install() -> None:
@@ -30,16 +34,28 @@ def install() -> None:
 def _make(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         vllm_config = original(self, *args, **kwargs)
-        from vllm_attentionpack.plugin import BACKEND
+        from vllm_attentionpack.plugin import BACKEND, BACKENDS
 
-        if BACKEND in selected_backends(vllm_config):
+        selected = selected_backends(vllm_config)
+        if BACKEND in selected:
             check_features()
             from vllm_attentionpack.attention import preflight
 
             preflight.check(vllm_config)
+        elif _has_section(vllm_config.additional_config) and not selected & BACKENDS.keys():
+            logger.warning(
+                "additional-config has a section '%s', but no layer is served from it: the KV "
+                "cache is dense. Pass --attention-backend %s, or drop the section.",
+                SECTION,
+                BACKEND,
+            )
         return vllm_config
 
     return create_engine_config
+
+
+def _has_section(additional_config: Any) -> bool:
+    return isinstance(additional_config, Mapping) and SECTION in additional_config
 
 
 def selected_backends(vllm_config: Any) -> set[str]:

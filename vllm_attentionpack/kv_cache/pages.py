@@ -46,6 +46,19 @@ class PageGeometry:
         """Share of an exact block that is padding."""
         return 1 - self.exact_block_size * self.exact_bytes_per_token / self.page_bytes
 
+    def holding(self, bytes_per_token: int, exact_bytes_per_token: int) -> "PageGeometry":
+        """Blocks of as many tokens for other layers: those of one pipeline stage."""
+        page_bytes = max(
+            self.block_size * bytes_per_token, self.exact_block_size * exact_bytes_per_token
+        )
+        return PageGeometry(
+            self.block_size,
+            self.exact_block_size,
+            page_bytes,
+            bytes_per_token,
+            exact_bytes_per_token,
+        )
+
     def request_bytes(self, tokens: int, sinks: int, window: int, margin: int = 1) -> int:
         """Bytes of the blocks that a request of `tokens` tokens takes at most."""
         exact = exact_blocks(self.exact_block_size, sinks, window, margin)
