@@ -12,6 +12,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 pytest.importorskip("triton")
 
 from vllm_attentionpack.attention import impl as impl_module
+from vllm_attentionpack.attention import state as state_module
 from vllm_attentionpack.attention.impl import AttentionPackImpl
 from vllm_attentionpack.attention.metadata import AttentionPackMetadataBuilder
 from vllm_attentionpack.attention.state import EngineState
@@ -159,3 +160,24 @@ def test_which_batches_are_captured(ops, prefill, exact, wanted):
         ops_name=ops, prefill=prefill, config=SimpleNamespace(exact_prefill=exact)
     )
     assert EngineState.cudagraph_support.fget(state) == wanted
+
+
+def test_the_cache_that_vllm_measures_graphs_with_is_not_the_one_reported(monkeypatch):
+    """It is made before the number of blocks is known, and given back."""
+    logged = []
+    monkeypatch.setattr(state_module.logger, "info", lambda text, *args: logged.append(text % args))
+    codec = LAYER.codec(META)
+    state = SimpleNamespace(
+        reported=False,
+        pack=SimpleNamespace(header=SimpleNamespace(layers=())),
+        num_stages=1,
+        codecs={"layer": codec},
+        shares_pool=False,
+        geometry=None,
+    )
+    spec = SimpleNamespace(block_size=BLOCK_SIZE)
+    for blocks in (None, 700, 700):
+        config = SimpleNamespace(cache_config=SimpleNamespace(num_gpu_blocks=blocks))
+        EngineState.report(state, spec, config)
+    (line,) = logged
+    assert f"{700 * BLOCK_SIZE} tokens fit (700 blocks of {BLOCK_SIZE})" in line
