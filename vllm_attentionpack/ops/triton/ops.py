@@ -312,7 +312,7 @@ def exact_attention(
     if query.stride(2) != 1:
         query = query.contiguous()
     repeats = query_heads // kv_heads
-    shape = exact_shape(head_size, batch.max_query_len * repeats)
+    shape = exact_shape(head_size, query.element_size(), batch.max_query_len * repeats)
     query_tiles = -(-batch.max_query_len * repeats // shape.rows)
     requests = batch.query_start_loc.shape[0] - 1
     exact_kernel[(requests * query_tiles, kv_heads)](
