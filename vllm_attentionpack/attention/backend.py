@@ -46,6 +46,11 @@ class AttentionPackBackend(AttentionBackend):
         return head_size % 16 == 0
 
     @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        # Launches are sized for the longest query that the host knows of.
+        return False
+
+    @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
 
