@@ -67,13 +67,13 @@ def reserve(tokens: int, query_heads: int, codec: LayerCodec) -> None:
     prepared = prepare(codec)
     prepared.make()
     # Queries in latent space, and as many attended latents of splits (one, where tokens are many)
-    # as merged ones.
+    # as merged ones, beside what new tokens and exact ones gave; then the merge of three parts.
     columns = prepared.tiles["key"].columns + 2 * prepared.tiles["value"].columns
-    torch.empty(
-        (tokens, query_heads, codec.num_modalities, columns),
-        dtype=torch.float16,
-        device=prepared.device,
-    )
+    latents = torch.float16.itemsize * codec.num_modalities * columns
+    fresh = torch.float16.itemsize * codec.layout.head_size
+    part = torch.float32.itemsize * codec.layout.head_size
+    most = max(latents + fresh + part, fresh + 3 * part)
+    torch.empty((tokens, query_heads, most), dtype=torch.uint8, device=prepared.device)
 
 
 def store_kv(
