@@ -140,3 +140,13 @@ def test_the_first_library_that_is_there_is_taken(monkeypatch):
     batch = QueryBatch.build(list(range(6)), [9] * 5, CPU)
     out, _ = attend(query, key, value, batch, 0.3)
     assert torch.equal(out, single_tokens(query, key, value, 0.3)[0])
+
+
+@pytest.mark.parametrize(("version", "chosen"), [(2, "flash_attn"), (None, "sdpa")])
+def test_flash_attention_without_its_libraries_is_none(version, chosen, monkeypatch):
+    """vLLM's Python part is there in every build and says what it can call."""
+    library = SimpleNamespace(flash_attn_varlen_func=None)
+    monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", library)
+    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda: version)
+    monkeypatch.setattr(prefill, "find_spec", lambda name: None)
+    assert select_prefill("auto", torch.device("cuda"), torch.bfloat16, 64)[0] == chosen
