@@ -12,9 +12,11 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 pytest.importorskip("triton")
 
 from vllm_attentionpack.attention import impl as impl_module
+from vllm_attentionpack.attention import state as state_module
 from vllm_attentionpack.attention.impl import AttentionPackImpl
 from vllm_attentionpack.attention.metadata import AttentionPackMetadataBuilder
 from vllm_attentionpack.attention.state import EngineState
+from vllm_attentionpack.bench import compile_table
 from vllm_attentionpack.bench.compile_table import recording
 from vllm_attentionpack.bench.shapes import LayerShape
 from vllm_attentionpack.ops import fresh_gpu
@@ -159,3 +161,74 @@ def test_which_batches_are_captured(ops, prefill, exact, wanted):
         ops_name=ops, prefill=prefill, config=SimpleNamespace(exact_prefill=exact)
     )
     assert EngineState.cudagraph_support.fget(state) == wanted
+
+
+def test_the_cache_that_vllm_measures_graphs_with_is_not_the_one_reported(monkeypatch):
+    """It is made before the number of blocks is known, and given back."""
+    logged = []
+    monkeypatch.setattr(state_module.logger, "info", lambda text, *args: logged.append(text % args))
+    codec = LAYER.codec(META)
+    state = SimpleNamespace(
+        reported=False,
+        pack=SimpleNamespace(header=SimpleNamespace(layers=())),
+        num_stages=1,
+        codecs={"layer": codec},
+        shares_pool=False,
+        geometry=None,
+    )
+    spec = SimpleNamespace(block_size=BLOCK_SIZE)
+    for blocks in (None, 700, 700):
+        config = SimpleNamespace(cache_config=SimpleNamespace(num_gpu_blocks=blocks))
+        EngineState.report(state, spec, config)
+    (line,) = logged
+    assert f"{700 * BLOCK_SIZE} tokens fit (700 blocks of {BLOCK_SIZE})" in line
+
+
+def most_bytes(step):
+    """How much memory of the CPU `step` holds at a time, beyond what it leaves behind."""
+    with torch.profiler.profile(profile_memory=True) as seen:
+        step()
+    held = most = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most - held
+
+
+@pytest.mark.parametrize("ratio", [4, 16])
+def test_what_is_reserved_covers_a_step(ratio, monkeypatch):
+    """A long chunk beside codes and exact tokens, by a library that returns new tensors."""
+    shape = LayerShape(16, 4, 64, 2, ratio)
+    codec, tokens = shape.codec(CPU), 2048
+    query, key, value = (
+        torch.empty(tokens, heads, 64, dtype=torch.bfloat16) for heads in (16, 4, 4)
+    )
+
+    def library(query, key, value, batch, scale):
+        return torch.empty_like(query), torch.empty(query.shape[:2])
+
+    pages = torch.empty(20, 8, 2, 4, 64, dtype=torch.bfloat16)
+    companion = SimpleNamespace(name="exact", pages=lambda owner: pages)
+    impl = layer_impl(codec, library)
+    impl.num_heads = 16
+    impl.state.has_exact_cache, impl.state.exact_layers = True, {"layer": companion}
+    cache = torch.empty(40, 1, BLOCK_SIZE, codec.layout.bytes_per_token, dtype=torch.uint8)
+    metadata = builder(CPU).build(0, common(CPU, [tokens], [tokens + 900]))
+    exact = SimpleNamespace(tokens=ExactTokens.empty(1, 4, 64, CPU))
+    context = SimpleNamespace(attn_metadata={"exact": exact})
+    monkeypatch.setattr(impl_module, "get_forward_context", lambda: context)
+    output = torch.empty(tokens, 16 * 64, dtype=torch.bfloat16)
+    layer = SimpleNamespace(layer_name="layer")
+    # A launch that is kept keeps its tensors.
+    monkeypatch.setattr(compile_table, "Launch", lambda *launch: None)
+    with recording(Chip(132, 227 * 1024, 9)):
+
+        def step():
+            impl.forward(layer, query, key, value, cache, metadata, output)
+
+        step()
+        taken = most_bytes(step)
+        reserved = most_bytes(lambda: kernels.reserve(tokens, 16, codec))
+    assert taken <= 1.05 * reserved  # sums of weights and the like
+    assert reserved <= 1.2 * taken, (reserved, taken)

@@ -1,13 +1,17 @@
 """Orders of latent dims and products of packed matrices."""
 
+import gc
+from weakref import ref
+
 import pytest
 import torch
 
 from tests.support.cpu import threads
+from vllm_attentionpack.codec.codec import identity_codec
 from vllm_attentionpack.codec.layout import PlaneCounts
 from vllm_attentionpack.ops.cpu import library
 from vllm_attentionpack.ops.cpu.maps import PackedMap
-from vllm_attentionpack.ops.cpu.plan import key_order, value_lanes, value_order
+from vllm_attentionpack.ops.cpu.plan import key_order, plan_of, value_lanes, value_order
 
 
 def test_orders_hold_every_dim_once():
@@ -43,3 +47,12 @@ def test_products_of_packed_matrices(isa, dtype, repeats, count):
         want = 0.5 * centred @ matrix.double()[:, None]
         assert (part - want).abs().max() < 1e-3 * want.abs().max()
         assert (out[..., width:] == 7).all()
+
+
+def test_a_plan_goes_with_its_codec(isa):
+    codec = identity_codec(2, 16)
+    made = ref(plan_of(codec, library.kernels(), packed=True))
+    assert made() is not None
+    del codec
+    gc.collect()
+    assert made() is None

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import vllm
+from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.v1.attention.backends import fa_utils
 
 from vllm_attentionpack.attention import prefill
 from vllm_attentionpack.attention.prefill import select_prefill
 from vllm_attentionpack.errors import ConfigError
-from vllm_attentionpack.ops import QueryBatch, fresh_attention, fresh_gpu
+from vllm_attentionpack.ops import QueryBatch, fresh, fresh_attention, fresh_gpu
 from vllm_attentionpack.ops.fresh_gpu import single_tokens
 
 CPU = torch.device("cpu")
@@ -140,3 +141,42 @@ def test_the_first_library_that_is_there_is_taken(monkeypatch):
     batch = QueryBatch.build(list(range(6)), [9] * 5, CPU)
     out, _ = attend(query, key, value, batch, 0.3)
     assert torch.equal(out, single_tokens(query, key, value, 0.3)[0])
+
+
+@pytest.mark.parametrize(("version", "chosen"), [(2, "flash_attn"), (None, "sdpa")])
+def test_flash_attention_without_its_libraries_is_none(version, chosen, monkeypatch):
+    """vLLM's Python part is there in every build and says what it can call."""
+    library = SimpleNamespace(flash_attn_varlen_func=None)
+    monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", library)
+    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda: version)
+    monkeypatch.setattr(prefill, "find_spec", lambda name: None)
+    assert select_prefill("auto", torch.device("cuda"), torch.bfloat16, 64)[0] == chosen
+
+
+@pytest.mark.parametrize("most_logits", [1, 2 * 3 * 10 * 4, 1 << 26])
+def test_plain_products_a_few_queries_at_a_time(most_logits):
+    q, k, v = (torch.randn(2, 3, 10, 16) for _ in range(3))
+    out, lse = fresh._by_products(q, k, v, 0.3, most_logits)
+    want, want_lse = fresh._causal_with_lse(q, k, v, 0.3)
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(lse, want_lse, atol=1e-5, rtol=0)
+
+
+def test_plain_products_of_a_long_chunk_take_bounded_memory():
+    """A float32 model on a GPU; on the meta device, which has the shapes only."""
+
+    class Largest(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            self.seen = max(self.seen, out.numel())
+            return out
+
+    query, key = (torch.empty(8192, heads, 128, device="meta") for heads in (32, 8))
+    loc = torch.empty(2, dtype=torch.int32, device="meta")
+    batch = QueryBatch.build([0, 8192], [9000], torch.device("meta"), loc)
+    with Largest() as largest:
+        out, _ = fresh_gpu.sdpa(query, key, key, batch, 0.1)
+    assert out.shape == query.shape
+    assert largest.seen <= 1 << 26

@@ -4,7 +4,9 @@ They cannot be read and meet none of another device: whatever would wait for a G
 raises. What kernels compute is tested in `tests/ops/triton`.
 """
 
+import gc
 from dataclasses import replace
+from weakref import ref
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from vllm_attentionpack.bench.compile_table import recording
 from vllm_attentionpack.bench.shapes import LayerShape
 from vllm_attentionpack.ops import QueryBatch, fresh_gpu
 from vllm_attentionpack.ops import triton as kernels
+from vllm_attentionpack.ops.triton import prepared
 from vllm_attentionpack.ops.triton.chip import Chip
 
 H200 = Chip(132, 227 * 1024, 9)
@@ -149,3 +152,15 @@ def test_memory_of_splits_is_bounded_by_the_chip():
             kernels.paged_attention(absorbed, cache, table, None, lens, batch, codec, 16, False)
         parts = launched[1].arguments["latent"]
         assert parts.numel() <= max(requests, 132) * columns
+
+
+def test_what_is_prepared_for_a_codec_goes_with_it():
+    """Bases on the device: a second engine of the process would find no room beside the first's."""
+    codec = LayerShape(8, 4, 64, 2, 4).codec(META)
+    with recording(H200):
+        kernels.reserve(1, 8, codec)
+    made = ref(prepared.prepare(codec))
+    assert made() is not None
+    del codec
+    gc.collect()
+    assert made() is None

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.config.compilation import CompilationConfig, CUDAGraphMode
 
 from tests.support.packs import identity_pack, pack_of
 from vllm_attentionpack.attention.fingerprint import check_fingerprint, fingerprint, rope_json
@@ -77,6 +78,10 @@ def engine(pack: Path | None, **sections: Any) -> SimpleNamespace:
         },
         "scheduler_config": {"disable_hybrid_kv_cache_manager": False},
         "attention_config": {"backend": chosen, "backend_per_kind": {}},
+        "compilation_config": {
+            "cudagraph_mode": CUDAGraphMode.FULL_AND_PIECEWISE,
+            "splitting_ops": [*CompilationConfig._attention_ops, "vllm::unified_kv_cache_update"],
+        },
     }
     return SimpleNamespace(
         additional_config={"attentionpack": {"pack": str(pack)}} if pack else {},
@@ -368,6 +373,26 @@ def test_micro_batches_do_not_know_the_modality(pack_of_two_modalities, pack):
     message = refusal(ConfigError, engine(pack_of_two_modalities, parallel_config=parallel))
     assert "--enable-dbo" in message and "modalities: 1" in message
     check(engine(pack, parallel_config=parallel))
+
+
+@pytest.mark.parametrize("how", ["partition", "breakable"])
+def test_graphs_do_not_know_the_modality(how, pack_of_two_modalities, pack, monkeypatch):
+    """What a graph captures of a step is the same in all: it may not hold the cache update."""
+
+    def asked(mode):
+        changes = {"cudagraph_mode": mode}
+        if how == "partition":
+            changes["splitting_ops"] = list(CompilationConfig._attention_ops)
+        return {"compilation_config": changes}
+
+    if how == "breakable":
+        monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    piecewise = asked(CUDAGraphMode.FULL_AND_PIECEWISE)
+    message = refusal(ConfigError, engine(pack_of_two_modalities, **piecewise))
+    assert "FULL_DECODE_ONLY" in message and "modalities: 1" in message
+    check(engine(pack, **piecewise))
+    for mode in (CUDAGraphMode.FULL_DECODE_ONLY, CUDAGraphMode.NONE):
+        check(engine(pack_of_two_modalities, **asked(mode)))
 
 
 # The fingerprint

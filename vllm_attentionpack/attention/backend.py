@@ -47,7 +47,7 @@ class AttentionPackBackend(AttentionBackend):
 
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
-        # The longest query is read on the host: see `AttentionPackMetadataBuilder.build`.
+        # Launches are sized for the longest query that the host knows of.
         return False
 
     @classmethod

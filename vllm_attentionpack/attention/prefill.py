@@ -47,7 +47,10 @@ def _flash_attn_missing() -> str | None:
         from vllm.vllm_flash_attn import flash_attn_varlen_func  # noqa: F401
     except ImportError as error:
         return f"this vLLM has no flash-attention ({error})"
-    return None
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    # The import succeeds without the compiled libraries, too.
+    return None if get_flash_attn_version() else "no version of it runs on this device"
 
 
 def _xformers_missing() -> str | None:

@@ -7,6 +7,8 @@ where its layers are built.
 import logging
 from typing import Any
 
+from vllm import envs
+
 from vllm_attentionpack.attention.fingerprint import check_fingerprint, fingerprint
 from vllm_attentionpack.codec.layout import BLOCK_SIZE_MULTIPLE
 from vllm_attentionpack.compat.selection import PER_KIND_OPTION
@@ -21,6 +23,8 @@ logger = logging.getLogger("vllm.attentionpack")
 _SLIDING, _CHUNKED = "sliding_attention", "chunked_attention"
 _SLIDING_KIND = "sliding_window"
 _FULL_KIND = "full_attention"
+#: The op that calls `AttentionPackImpl.do_kv_cache_update`.
+_CACHE_UPDATE = "vllm::unified_kv_cache_update"
 
 
 def check(vllm_config: Any) -> None:
@@ -42,7 +46,7 @@ def check(vllm_config: Any) -> None:
     if config.keeps_exact(header):
         check_exact_cache_options(vllm_config)
     if header.num_modalities == 2:
-        check_modality_options(vllm_config.parallel_config)
+        check_modality_options(vllm_config)
     _warn_about_context(vllm_config.model_config.max_model_len, header)
     _warn_about_connector(vllm_config.kv_transfer_config)
 
@@ -156,8 +160,9 @@ def check_exact_cache_options(vllm_config: Any) -> None:
         )
 
 
-def check_modality_options(parallel: Any) -> None:
+def check_modality_options(vllm_config: Any) -> None:
     """Raises `ConfigError` where vLLM cannot tell each layer which tokens are visual."""
+    parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
     advice = "Or calibrate with one basis for all tokens (modalities: 1)."
     if parallel.pipeline_parallel_size > 1:
         raise ConfigError(
@@ -170,6 +175,16 @@ def check_modality_options(parallel: Any) -> None:
             "micro-batching (--enable-dbo, --ubatch-size) is on and the pack separates visual from "
             "text tokens, but micro-batches do not carry which are which. Turn micro-batching "
             f"off. {advice}"
+        )
+    if compilation.cudagraph_mode.has_piecewise_cudagraphs() and (
+        envs.VLLM_USE_BREAKABLE_CUDAGRAPH or _CACHE_UPDATE not in (compilation.splitting_ops or ())
+    ):
+        raise ConfigError(
+            "piecewise CUDA graphs would capture how new tokens are stored "
+            "(VLLM_USE_BREAKABLE_CUDAGRAPH, use_inductor_graph_partition or splitting_ops), and "
+            "the pack separates visual from text tokens, which differ from step to step: a graph "
+            "would store all as text. Leave these options out, or set cudagraph_mode to "
+            f"FULL_DECODE_ONLY. {advice}"
         )
 
 

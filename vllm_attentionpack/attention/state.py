@@ -231,12 +231,14 @@ class EngineState:
     def report(self, spec: AttentionSpec, vllm_config: VllmConfig) -> None:
         """Logs once what the cache of this worker holds; `spec` is that of one compacted layer.
 
+        To measure CUDA graphs vLLM makes a cache of a few blocks first, before it knows how many
+        there will be: nothing is logged of that one.
+
         Raises:
             PackMismatchError: the pack has layers that the model lacks.
         """
         if self.reported:
             return
-        self.reported = True
         missing = [layer.name for layer in self.pack.header.layers if layer.name not in self.codecs]
         if missing and self.num_stages == 1:
             raise PackMismatchError(
@@ -244,10 +246,13 @@ class EngineState:
                 f"({len(missing)} of {len(self.pack.header.layers)}), which the model lacks. "
                 "Calibrate this model again."
             )
+        num_blocks = vllm_config.cache_config.num_gpu_blocks
+        if not num_blocks:
+            return
+        self.reported = True
         layouts = [codec.layout for codec in self.codecs.values()]
         dense = sum(layout.dense_bytes_per_token for layout in layouts)
         stored: float = sum(layout.bytes_per_token for layout in layouts)
-        num_blocks = vllm_config.cache_config.num_gpu_blocks or 0
         room = f"{num_blocks * spec.block_size} tokens fit"
         if self.shares_pool:
             stored = len(layouts) * spec.page_size_bytes / spec.block_size

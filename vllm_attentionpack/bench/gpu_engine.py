@@ -159,7 +159,7 @@ def run_engine(model: Model, arguments: dict[str, Any]) -> dict[str, float]:
         all_first = generate(model.batch, 1)
         many = generate(model.batch, model.new_tokens)
         cache = llm.llm_engine.vllm_config.cache_config
-        capacity = (cache.num_gpu_blocks or 0) * cache.block_size
+        capacity = cache.kv_cache_size_tokens or 0  # exact tokens take blocks of the same pool
         steps = model.new_tokens - 1
         return {
             "ttft_seconds": first,

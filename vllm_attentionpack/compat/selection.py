@@ -28,7 +28,8 @@ _EXPLANATIONS = {
     "multimodal token full attention": "visual tokens of this model attend in both directions",
     "encoder_decoder": "cross-attention keys are not decoder keys",
     "kv_cache_dtype": "the pack decides how keys and values are stored; drop --kv-cache-dtype",
-    "adaptive verification": "drafts are cut on the GPU, but the host plans their queries",
+    "adaptive verification": "the length of each draft must be known on the host; switch "
+    "enable_adaptive_verification off in --speculative-config",
     "block_size": f"--block-size must be a multiple of {BLOCK_SIZE_MULTIPLE}",
 }
 

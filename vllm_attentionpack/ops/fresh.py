@@ -56,12 +56,27 @@ def _causal_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Ten
             q, k, v, 0.0, True, scale=scale
         )
         return out, lse.float()
-    logits = (q.float() @ k.float().mT) * scale
+    return _by_products(q, k, v, scale)
+
+
+def _by_products(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, most_logits: int = 1 << 26
+) -> tuple[Tensor, Tensor]:
+    """As `_causal_with_lse`, by plain products, of so many queries at a time as are affordable."""
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    key, value = k.float().mT, v.float()
     length = q.shape[2]
-    future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-    logits = logits.masked_fill(future, float("-inf"))
-    lse = logits.logsumexp(-1)
-    return ((logits - lse[..., None]).exp() @ v.float()).to(q.dtype), lse
+    index = torch.arange(length, device=q.device)
+    step = max(1, most_logits // (q.shape[0] * q.shape[1] * length))
+    for first in range(0, length, step):
+        rows = slice(first, first + step)
+        logits = (q[:, :, rows].float() @ key).mul_(scale)
+        logits.masked_fill_(index > index[rows, None], float("-inf"))
+        part_lse = logits.logsumexp(-1)
+        out[:, :, rows] = (logits - part_lse[..., None]).exp_() @ value
+        lse[:, :, rows] = part_lse
+    return out, lse
 
 
 def merge_attention(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

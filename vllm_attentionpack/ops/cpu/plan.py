@@ -12,7 +12,7 @@ code of a byte. A last chunk that is not full leaves lanes that stand for no dim
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -94,9 +94,15 @@ class CpuPlan:
             self.widths.append(up.shape[1] + -up.shape[1] % panel)
             self.encode.append({kind: tables_of(getattr(group, kind)) for kind in KINDS})
         self.absorb, self.up = MapList(absorbs), MapList(ups)
-        self._codec = codec
+        self._owner = ref(codec)  # held, it would never be let go of by `_PLANS`
         self._tables: dict[int, Tensor] = {}
         self._decode: dict[torch.dtype, list[dict[Kind, tuple[Tensor, Tensor]]]] = {}
+
+    @property
+    def _codec(self) -> LayerCodec:
+        codec = self._owner()
+        assert codec is not None
+        return codec
 
     def table(self, block_size: int) -> Tensor:
         """int64 `[groups, 2, SIDE_FIELDS]`: `Group` of csrc/api.h for each head group."""

@@ -106,16 +106,24 @@ def encode_shape(prepared: Prepared, tokens: int) -> EncodeShape:
     # Two modalities have a loop each, and addresses in flight for both.
     dims = 32 if warps == 8 and prepared.codec.num_modalities == 2 else 64
     if tokens <= 64 or columns > 256:
-        return EncodeShape(16, dims, warps)
+        shape = EncodeShape(16, dims, warps)
+        # Of a step: its rows of the basis, and of keys or values.
+        while 2 * shape.dims * (columns + shape.tokens) + 512 > prepared.chip.shared_bytes:
+            shape = replace(shape, dims=shape.dims // 2)
+        return shape
     if prepared.chip.fit.encodes_64:
         return EncodeShape(64, dims, 4 if columns <= 128 else 8)
     return EncodeShape(32 if columns <= 128 else 16, dims, warps)
 
 
-def exact_shape(head_size: int, wanted: int) -> ExactShape:
-    """Chooses the launch of attention to exact tokens for `wanted` rows of a request and head."""
+def exact_shape(head_size: int, item_bytes: int, wanted: int) -> ExactShape:
+    """Chooses the launch of attention to exact tokens for `wanted` rows of a request and head.
+
+    Tiles of queries, keys and values are 16 KiB each, where that are 16 tokens or more: less than
+    the smallest shared memory holds, and few sums for each thread.
+    """
     dims = max(16, power_of_two(head_size))
-    tile = _MOST_ROWS if dims <= 128 else 32  # of sums `rows * dims` a thread has a share
+    tile = max(SMALLEST_ROWS, min(_MOST_ROWS, (1 << 14) // (dims * item_bytes)))
     return ExactShape(max(SMALLEST_ROWS, min(tile, power_of_two(wanted))), tile, dims)
 
 

@@ -67,13 +67,13 @@ def reserve(tokens: int, query_heads: int, codec: LayerCodec) -> None:
     prepared = prepare(codec)
     prepared.make()
     # Queries in latent space, and as many attended latents of splits (one, where tokens are many)
-    # as merged ones.
+    # as merged ones, beside what new tokens and exact ones gave; then the merge of three parts.
     columns = prepared.tiles["key"].columns + 2 * prepared.tiles["value"].columns
-    torch.empty(
-        (tokens, query_heads, codec.num_modalities, columns),
-        dtype=torch.float16,
-        device=prepared.device,
-    )
+    latents = torch.float16.itemsize * codec.num_modalities * columns
+    fresh = torch.float16.itemsize * codec.layout.head_size
+    part = torch.float32.itemsize * codec.layout.head_size
+    most = max(latents + fresh + part, fresh + 3 * part)
+    torch.empty((tokens, query_heads, most), dtype=torch.uint8, device=prepared.device)
 
 
 def store_kv(
@@ -312,7 +312,7 @@ def exact_attention(
     if query.stride(2) != 1:
         query = query.contiguous()
     repeats = query_heads // kv_heads
-    shape = exact_shape(head_size, batch.max_query_len * repeats)
+    shape = exact_shape(head_size, query.element_size(), batch.max_query_len * repeats)
     query_tiles = -(-batch.max_query_len * repeats // shape.rows)
     requests = batch.query_start_loc.shape[0] - 1
     exact_kernel[(requests * query_tiles, kv_heads)](

@@ -6,7 +6,7 @@ Derived from the codec once, when a layer is first used; a pure function of the 
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class Encoder:
 class Prepared:
     """The codec of one layer as the kernels take it; `C` are padded columns (see `tiles`)."""
 
-    codec: LayerCodec
+    owner: "ref[LayerCodec]"
     device: torch.device
     chip: Chip
     tables: dict[int, Tensor] = field(default_factory=dict)
@@ -91,6 +91,13 @@ class Prepared:
                 f"'triton' take up to {MAX_ACCUMULATORS // SMALLEST_ROWS}. Calibrate with fewer "
                 "heads per group or a higher ratio, or serve with ops = 'reference'."
             )
+
+    @property
+    def codec(self) -> LayerCodec:
+        """Not held: `_prepared` lets go of what is prepared only when nothing else holds it."""
+        codec = self.owner()
+        assert codec is not None
+        return codec
 
     @cached_property
     def tiles(self) -> dict[Kind, KindTiles]:
@@ -190,6 +197,6 @@ def prepare(codec: LayerCodec) -> Prepared:
     found = _prepared.get(codec)
     if found is None:
         device = codec.groups[0].key.basis.mean.device
-        found = Prepared(codec, device, chip(device))
+        found = Prepared(ref(codec), device, chip(device))
         _prepared[codec] = found
     return found
