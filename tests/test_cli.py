@@ -139,6 +139,8 @@ def test_calibrate_says_what_is_missing(monkeypatch, capsys):
         (["--modalities", "3"], "'modalities"),
         (["--max-tokens", "-5"], "'max_tokens' is -5"),
         (["--config", "no.yaml"], "'no.yaml' cannot be read"),
+        (["--validate", "--max-kl", "inf"], "'max_kl' is inf"),
+        (["--max-kl", "0.01"], "--max-kl is 0.01, but nothing is held to it. Add --validate"),
     ],
 )
 def test_calibrate_refuses_settings(monkeypatch, capsys, options, said):

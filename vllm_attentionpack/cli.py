@@ -142,6 +142,10 @@ def calibrate(
     )
     source = "the command line" if config is None else f"'{config}' with the command line"
     settings = make_settings(values, source)
+    if max_kl is not None and not settings.validates:
+        raise ConfigError(
+            f"--max-kl is {max_kl:g}, but nothing is held to it. Add --validate, or --ratio auto."
+        )
     if settings.output is None:
         ratio_name = "auto" if settings.ratio == "auto" else f"{settings.ratio:g}x"
         name = f"{Path(settings.model).resolve().name}-{ratio_name}.pack.safetensors"
@@ -217,6 +221,7 @@ def eval(
     ] = None,
 ) -> None:
     """Compare MODEL served densely and from PACK: answers, divergence, perplexity."""
+    os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # standard output is for the figures
     from vllm_attentionpack.evaluate.run import evaluate
 
     engine = _given(
