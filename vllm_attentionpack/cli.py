@@ -254,8 +254,8 @@ def _check_device(device: str) -> None:
 def bench_ops(
     device: _Device = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print a JSON object per row.")] = False,
-    repeats: Annotated[int, typer.Option(help="Alternating runs of each row.")] = 9,
-    threads: Annotated[int | None, typer.Option(help="[default: PyTorch's]")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Alternating runs of each row.")] = 9,
+    threads: Annotated[int | None, typer.Option(min=1, help="[default: PyTorch's]")] = None,
 ) -> None:
     """Attention on codes and encoding, each beside vLLM's dense op on the same shapes."""
     _check_device(device)
@@ -269,14 +269,18 @@ def bench_ops(
 def bench_engine(
     device: _Device = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    layers: Annotated[int, typer.Option(help="Of the model with random weights.")] = 4,
-    context: Annotated[int, typer.Option(help="Tokens of the prompts, all but one.")] = 8192,
-    batch: Annotated[int, typer.Option(help="Requests at a time.")] = 8,
-    new_tokens: Annotated[int, typer.Option(help="Decoded per request.")] = 16,
+    layers: Annotated[int, typer.Option(min=1, help="Of the model with random weights.")] = 4,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of the prompts, all but one.")] = 8192,
+    batch: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Decoded per request.")] = 16,
     ratio: Annotated[float, typer.Option(help="Compression.")] = 8.0,
-    group: Annotated[int, typer.Option(help="KV heads coded jointly.")] = 2,
-    sinks: Annotated[int, typer.Option(help="First tokens that stay exact.")] = DEFAULT_SINKS,
-    window: Annotated[int, typer.Option(help="Last tokens that stay exact.")] = DEFAULT_WINDOW,
+    group: Annotated[int, typer.Option(min=1, help="KV heads coded jointly.")] = 2,
+    sinks: Annotated[
+        int, typer.Option(min=0, help="First tokens that stay exact.")
+    ] = DEFAULT_SINKS,
+    window: Annotated[
+        int, typer.Option(min=0, help="Last tokens that stay exact.")
+    ] = DEFAULT_WINDOW,
 ) -> None:
     """vLLM from end to end, dense and compacted, on a model with random weights."""
     _check_device(device)

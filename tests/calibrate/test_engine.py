@@ -1,7 +1,6 @@
 """Calibration inside the real engine: what it gathers is what the model computes."""
 
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from vllm_attentionpack.calibrate import run
 from vllm_attentionpack.calibrate.run import calibrate
 from vllm_attentionpack.errors import BudgetError, CalibrationDataError, ConfigError
 from vllm_attentionpack.packfile import load_pack
@@ -172,18 +172,16 @@ def test_what_only_the_model_can_tell_is_refused_before_the_work(
 
 
 def test_too_few_tokens_are_warned_of(
-    llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(run.logger, "warning", lambda text, *values: warnings.append(text % values))
     file = tmp_path / "one.txt"
     file.write_text(TEXTS[1])
-    logger = logging.getLogger("vllm.attentionpack")
-    logger.addHandler(caplog.handler)
-    try:
-        calibrate(str(llama), file, 8, dtype="float32", sensitivity="uniform")
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert "tokens were seen, for bases of 64 dims" in caplog.text
-    assert "Give at least 256 tokens" in caplog.text
+    calibrate(str(llama), file, 8, dtype="float32", sensitivity="uniform")
+    (warning,) = warnings
+    assert "tokens were seen, for bases of 64 dims" in warning
+    assert "Give at least 256 tokens" in warning
 
 
 def test_unreachable_ratio_is_refused_before_the_work(llama: Path, texts: Path) -> None:
