@@ -68,6 +68,14 @@ def test_help_names_every_command():
         assert f"Usage: root {command}" in run(command, "--help")
 
 
+def test_help_names_defaults():
+    """In the text of an option, rich would take them for markup and drop them."""
+    text = " ".join(run("calibrate", "--help").replace("│", " ").split())
+    for default in ("8", "0.05", "auto", "all data", "4", "64", "MODEL-RATIOx.pack.safetensors"):
+        assert f"[default: ({default})]" in text
+    assert "[default: (PyTorch's)]" in run("bench", "ops", "--help")
+
+
 def test_version():
     assert run("--version") == f"{__version__}\n"
 

@@ -62,8 +62,8 @@ def calibrate(
     ratio: Annotated[
         str | None,
         typer.Option(
-            help="Compression against bfloat16, or auto: the most that --max-kl allows. "
-            "[default: 8]"
+            show_default="8",
+            help="Compression against bfloat16, or auto: the most that --max-kl allows.",
         ),
     ] = None,
     validate: Annotated[
@@ -72,32 +72,38 @@ def calibrate(
     ] = None,
     max_kl: Annotated[
         float | None,
-        typer.Option(help="Loss allowed on held-out items, nats per token. [default: 0.05]"),
+        typer.Option(show_default="0.05", help="Loss allowed on held-out items, nats per token."),
     ] = None,
     group_size: Annotated[
-        str | None, typer.Option(help="KV heads coded jointly, or auto. [default: auto]")
+        str | None, typer.Option(show_default="auto", help="KV heads coded jointly, or auto.")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Stop after this many tokens. [default: all data]")
+        int | None, typer.Option(show_default="all data", help="Stop after this many tokens.")
     ] = None,
     max_context: Annotated[
         int | None,
-        typer.Option(help="Longest context to be served. [default: the engine's max_model_len]"),
+        typer.Option(
+            show_default="the engine's max_model_len", help="Longest context to be served."
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Order of the data. [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(show_default="0", help="Order of the data.")] = None,
     modalities: Annotated[
         str | None,
-        typer.Option(help="1: all tokens alike, 2: visual apart, or auto. [default: auto]"),
+        typer.Option(show_default="auto", help="1: all tokens alike, 2: visual apart, or auto."),
     ] = None,
     sinks: Annotated[
-        int | None, typer.Option(help=f"First tokens to keep exact. [default: {DEFAULT_SINKS}]")
+        int | None,
+        typer.Option(show_default=str(DEFAULT_SINKS), help="First tokens to keep exact."),
     ] = None,
     window: Annotated[
-        int | None, typer.Option(help=f"Last tokens to keep exact. [default: {DEFAULT_WINDOW}]")
+        int | None,
+        typer.Option(show_default=str(DEFAULT_WINDOW), help="Last tokens to keep exact."),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The pack. [default: MODEL-RATIOx.pack.safetensors]"),
+        typer.Option(
+            "--output", "-o", show_default="MODEL-RATIOx.pack.safetensors", help="The pack."
+        ),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file of these settings; flags win.")
@@ -255,7 +261,9 @@ def bench_ops(
     device: _Device = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print a JSON object per row.")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Alternating runs of each row.")] = 9,
-    threads: Annotated[int | None, typer.Option(min=1, help="[default: PyTorch's]")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, show_default="PyTorch's", help="Threads of either op.")
+    ] = None,
 ) -> None:
     """Attention on codes and encoding, each beside vLLM's dense op on the same shapes."""
     _check_device(device)
