@@ -7,6 +7,7 @@ import pytest
 
 from tests.support.reference import MODEL
 from vllm_attentionpack.calibrate.engine import statistics_engine
+from vllm_attentionpack.config import DISABLE_VARIABLE
 from vllm_attentionpack.engine import start
 from vllm_attentionpack.errors import ConfigError
 
@@ -31,6 +32,15 @@ def test_arguments_that_vllm_refuses(arguments: dict[str, Any], said: str) -> No
 def test_folders_that_hold_no_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"not start with the model '{tmp_path}'"):
         start({"model": str(tmp_path)})
+
+
+def test_a_disabled_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DISABLE_VARIABLE, "1")
+    with (
+        pytest.raises(ConfigError, match=r"ATTENTIONPACK_DISABLE is 1, .* Unset it"),
+        statistics_engine(str(MODEL), 0, {}),
+    ):
+        pass
 
 
 def test_the_engine_arguments_of_a_calibration_name_no_model() -> None:

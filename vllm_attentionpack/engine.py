@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from vllm_attentionpack import plugin
+from vllm_attentionpack.config import DISABLE_VARIABLE
 from vllm_attentionpack.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,11 +40,14 @@ def start(arguments: Mapping[str, Any]) -> "LLM":
         arguments: of `vllm.LLM`, as from `engine_arguments`.
 
     Raises:
-        ConfigError: no model is there, or vLLM refuses it or an argument.
+        ConfigError: no model is there, vLLM refuses it or an argument, or our backends are
+            disabled.
     """
     model = arguments["model"]
     if model.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(model)):
         raise ConfigError(f"no model at '{model}'. Give the folder of a model, or its name.")
+    if arguments.get("attention_backend") in plugin.BACKENDS and plugin.disabled():
+        raise ConfigError(f"{DISABLE_VARIABLE} is 1, which turns this package off. Unset it.")
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
 
