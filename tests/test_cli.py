@@ -68,6 +68,14 @@ def test_help_names_every_command():
         assert f"Usage: root {command}" in run(command, "--help")
 
 
+def test_help_names_defaults():
+    """In the text of an option, rich would take them for markup and drop them."""
+    text = " ".join(run("calibrate", "--help").replace("│", " ").split())
+    for default in ("8", "0.05", "auto", "all data", "4", "64", "MODEL-RATIOx.pack.safetensors"):
+        assert f"[default: ({default})]" in text
+    assert "[default: (PyTorch's)]" in run("bench", "ops", "--help")
+
+
 def test_version():
     assert run("--version") == f"{__version__}\n"
 
@@ -139,6 +147,8 @@ def test_calibrate_says_what_is_missing(monkeypatch, capsys):
         (["--modalities", "3"], "'modalities"),
         (["--max-tokens", "-5"], "'max_tokens' is -5"),
         (["--config", "no.yaml"], "'no.yaml' cannot be read"),
+        (["--validate", "--max-kl", "inf"], "'max_kl' is inf"),
+        (["--max-kl", "0.01"], "--max-kl is 0.01, but nothing is held to it. Add --validate"),
     ],
 )
 def test_calibrate_refuses_settings(monkeypatch, capsys, options, said):

@@ -62,8 +62,8 @@ def calibrate(
     ratio: Annotated[
         str | None,
         typer.Option(
-            help="Compression against bfloat16, or auto: the most that --max-kl allows. "
-            "[default: 8]"
+            show_default="8",
+            help="Compression against bfloat16, or auto: the most that --max-kl allows.",
         ),
     ] = None,
     validate: Annotated[
@@ -72,32 +72,38 @@ def calibrate(
     ] = None,
     max_kl: Annotated[
         float | None,
-        typer.Option(help="Loss allowed on held-out items, nats per token. [default: 0.05]"),
+        typer.Option(show_default="0.05", help="Loss allowed on held-out items, nats per token."),
     ] = None,
     group_size: Annotated[
-        str | None, typer.Option(help="KV heads coded jointly, or auto. [default: auto]")
+        str | None, typer.Option(show_default="auto", help="KV heads coded jointly, or auto.")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Stop after this many tokens. [default: all data]")
+        int | None, typer.Option(show_default="all data", help="Stop after this many tokens.")
     ] = None,
     max_context: Annotated[
         int | None,
-        typer.Option(help="Longest context to be served. [default: the engine's max_model_len]"),
+        typer.Option(
+            show_default="the engine's max_model_len", help="Longest context to be served."
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Order of the data. [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(show_default="0", help="Order of the data.")] = None,
     modalities: Annotated[
         str | None,
-        typer.Option(help="1: all tokens alike, 2: visual apart, or auto. [default: auto]"),
+        typer.Option(show_default="auto", help="1: all tokens alike, 2: visual apart, or auto."),
     ] = None,
     sinks: Annotated[
-        int | None, typer.Option(help=f"First tokens to keep exact. [default: {DEFAULT_SINKS}]")
+        int | None,
+        typer.Option(show_default=str(DEFAULT_SINKS), help="First tokens to keep exact."),
     ] = None,
     window: Annotated[
-        int | None, typer.Option(help=f"Last tokens to keep exact. [default: {DEFAULT_WINDOW}]")
+        int | None,
+        typer.Option(show_default=str(DEFAULT_WINDOW), help="Last tokens to keep exact."),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The pack. [default: MODEL-RATIOx.pack.safetensors]"),
+        typer.Option(
+            "--output", "-o", show_default="MODEL-RATIOx.pack.safetensors", help="The pack."
+        ),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file of these settings; flags win.")
@@ -142,6 +148,10 @@ def calibrate(
     )
     source = "the command line" if config is None else f"'{config}' with the command line"
     settings = make_settings(values, source)
+    if max_kl is not None and not settings.validates:
+        raise ConfigError(
+            f"--max-kl is {max_kl:g}, but nothing is held to it. Add --validate, or --ratio auto."
+        )
     if settings.output is None:
         ratio_name = "auto" if settings.ratio == "auto" else f"{settings.ratio:g}x"
         name = f"{Path(settings.model).resolve().name}-{ratio_name}.pack.safetensors"
@@ -217,6 +227,7 @@ def eval(
     ] = None,
 ) -> None:
     """Compare MODEL served densely and from PACK: answers, divergence, perplexity."""
+    os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # standard output is for the figures
     from vllm_attentionpack.evaluate.run import evaluate
 
     engine = _given(
@@ -249,8 +260,10 @@ def _check_device(device: str) -> None:
 def bench_ops(
     device: _Device = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print a JSON object per row.")] = False,
-    repeats: Annotated[int, typer.Option(help="Alternating runs of each row.")] = 9,
-    threads: Annotated[int | None, typer.Option(help="[default: PyTorch's]")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Alternating runs of each row.")] = 9,
+    threads: Annotated[
+        int | None, typer.Option(min=1, show_default="PyTorch's", help="Threads of either op.")
+    ] = None,
 ) -> None:
     """Attention on codes and encoding, each beside vLLM's dense op on the same shapes."""
     _check_device(device)
@@ -264,14 +277,18 @@ def bench_ops(
 def bench_engine(
     device: _Device = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    layers: Annotated[int, typer.Option(help="Of the model with random weights.")] = 4,
-    context: Annotated[int, typer.Option(help="Tokens of the prompts, all but one.")] = 8192,
-    batch: Annotated[int, typer.Option(help="Requests at a time.")] = 8,
-    new_tokens: Annotated[int, typer.Option(help="Decoded per request.")] = 16,
+    layers: Annotated[int, typer.Option(min=1, help="Of the model with random weights.")] = 4,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of the prompts, all but one.")] = 8192,
+    batch: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Decoded per request.")] = 16,
     ratio: Annotated[float, typer.Option(help="Compression.")] = 8.0,
-    group: Annotated[int, typer.Option(help="KV heads coded jointly.")] = 2,
-    sinks: Annotated[int, typer.Option(help="First tokens that stay exact.")] = DEFAULT_SINKS,
-    window: Annotated[int, typer.Option(help="Last tokens that stay exact.")] = DEFAULT_WINDOW,
+    group: Annotated[int, typer.Option(min=1, help="KV heads coded jointly.")] = 2,
+    sinks: Annotated[
+        int, typer.Option(min=0, help="First tokens that stay exact.")
+    ] = DEFAULT_SINKS,
+    window: Annotated[
+        int, typer.Option(min=0, help="Last tokens that stay exact.")
+    ] = DEFAULT_WINDOW,
 ) -> None:
     """vLLM from end to end, dense and compacted, on a model with random weights."""
     _check_device(device)

@@ -33,7 +33,7 @@ def register() -> None:
     stay unregistered: vLLM then refuses them as unknown. Interfaces that only serving needs are
     looked at when one of our backends is selected, which raises `UnsupportedVersionError`.
     """
-    if os.environ.get(DISABLE_VARIABLE) == "1":
+    if disabled():
         # Not info: vLLM loads plugins before it has set up its log, which drops anything lower.
         logger.warning("vllm-attentionpack is disabled by %s=1.", DISABLE_VARIABLE)
         return
@@ -42,6 +42,11 @@ def register() -> None:
     # Whatever it is: vLLM calls plugins unguarded.
     except Exception:
         logger.exception("vllm-attentionpack could not register its attention backends.")
+
+
+def disabled() -> bool:
+    """Whether the environment asks to register nothing."""
+    return os.environ.get(DISABLE_VARIABLE) == "1"
 
 
 def _register() -> None:

@@ -5,6 +5,7 @@ Usage: python -m vllm_attentionpack.quickstart [--ratio 8] [--group-size auto] [
 
 import base64
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -46,14 +47,16 @@ def main(
         *("eval", model, "--pack", str(pack), "--data", str(_EXAMPLE / "heldout.jsonl")),
         *(*length, "--json"),
     )
-    _show(json.loads(result.splitlines()[-1]))
+    _show(json.loads(result))
 
 
 def _run(*arguments: str) -> str:
     """Runs one `attentionpack` command, its progress on the terminal; returns its output."""
     console.print(f"$ attentionpack {shlex.join(arguments)}", style="bold", soft_wrap=True)
     command = [sys.executable, "-m", "vllm_attentionpack.cli", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    # eval sends vLLM's log to stderr, which is for the progress here
+    environment = {"VLLM_LOGGING_LEVEL": "ERROR", **os.environ}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
     if done.returncode:
         print(done.stdout)
         sys.exit(done.returncode)

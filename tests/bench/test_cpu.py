@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vllm_attentionpack.bench import cpu_ops
+from vllm_attentionpack.bench import cpu_engine, cpu_ops
 from vllm_attentionpack.bench.cpu_engine import Setup
 from vllm_attentionpack.bench.synthetic import (
     synthetic_codec,
@@ -16,7 +16,7 @@ from vllm_attentionpack.bench.synthetic import (
 )
 from vllm_attentionpack.bench.timing import alternate
 from vllm_attentionpack.cli import app
-from vllm_attentionpack.errors import ConfigError
+from vllm_attentionpack.errors import BudgetError, ConfigError
 from vllm_attentionpack.packfile import Fingerprint, load_pack, save_pack
 
 
@@ -82,6 +82,39 @@ def test_rows_are_json():
     row = cpu_ops.Row("a", 2.0, 1.0, 2.0, 3.0, 0.1, 0.2, 0.3, 0.4)
     fields = json.loads(json.dumps(row.to_dict()))
     assert {"name", "dense_ms", "ours_ms", "speedup", "goal"} <= set(fields)
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("ops", "--repeats", 0),
+        ("ops", "--threads", 0),
+        ("engine", "--layers", 0),
+        ("engine", "--context", -5),
+        ("engine", "--batch", 0),
+        ("engine", "--new-tokens", 1),
+        ("engine", "--window", -1),
+    ],
+)
+def test_numbers_out_of_range_are_refused(command, option, value):
+    result = CliRunner().invoke(app, ["bench", command, option, str(value)])
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option}'" in result.output
+
+
+@pytest.mark.parametrize(
+    ("setup", "error", "said"),
+    [
+        (Setup(group=3), ConfigError, "the group size is 3, but the model has 8 KV heads"),
+        (Setup(ratio=1000), BudgetError, "ratio of 1000 cannot be met"),
+    ],
+)
+def test_packs_that_cannot_be_made_are_refused_before_the_dense_run(
+    monkeypatch, setup, error, said
+):
+    monkeypatch.setattr(cpu_engine, "_run", lambda *_: pytest.fail("an engine was started"))
+    with pytest.raises(error, match=said):
+        cpu_engine.compare(setup)
 
 
 @pytest.mark.parametrize("command", ["ops", "engine"])

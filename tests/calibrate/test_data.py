@@ -74,6 +74,11 @@ def test_images_by_path_file_url_and_data_url(tmp_path: Path, picture: Path) -> 
         assert (loaded.mode, loaded.size, loaded.getpixel((0, 0))) == ("RGB", (3, 2), (255, 0, 0))
 
 
+def test_whole_characters_may_be_escaped(tmp_path: Path) -> None:
+    (item,) = read_dataset(write(tmp_path, r'{"text": "\ud83d\ude00 \u00e9"}')).items
+    assert item == TextItem("\U0001f600 \u00e9", {}, 1)
+
+
 def test_digest_depends_on_file_and_images(tmp_path: Path, picture: Path) -> None:
     file = write(tmp_path, {"messages": [user(image_part(picture.name))]})
     before = read_dataset(file).sha256
@@ -115,10 +120,23 @@ OK = {"text": "fine"}
             "line 2 .* cannot be decoded",
         ),
         ({"messages": [user(image_part("data:image/png,xx"))]}, "line 2 .* cannot be decoded"),
+        ({"messages": [user(image_part("cut.jpg"))]}, "line 2 .*cut.jpg', which cannot be read"),
+        ({"messages": [user(image_part("http://[a/b.png"))]}, "line 2 .* which is no URL"),
+        # an encoded image without its `data:` is too long for a file name
+        (
+            {"messages": [user(image_part("iVBORw0KGgo" * 999))]},
+            r"line 2 .*\.\.\.', which does not exist.*encoded images are written data:image",
+        ),
+        ('{"text": "a", "n": ' + "1" * 5000 + "}", "line 2 .* is not valid JSON"),
+        ('{"text": "a", "n": ' + "[" * 99999 + "}", "line 2 .* is not valid JSON"),
+        (r'{"text": "half \ud83d"}', r"line 2 .* holds \\ud83d, half of a character"),
     ],
 )
 def test_bad_lines_are_refused_with_their_number(tmp_path: Path, bad: Any, message: str) -> None:
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    Image.effect_noise((200, 200), 50).save(tmp_path / "whole.jpg")
+    whole = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CalibrationDataError, match=message):
         read_dataset(write(tmp_path, OK, bad))
 
@@ -127,6 +145,7 @@ def test_bad_lines_are_refused_with_their_number(tmp_path: Path, bad: Any, messa
     ("name", "content", "message"),
     [
         ("missing.jsonl", None, "no data file at .*missing.jsonl"),
+        ("long" * 99 + ".jsonl", None, "no data file at .*long.jsonl"),
         ("empty.jsonl", b"", "holds no items"),
         ("blank.txt", b"\n \n", "holds no items"),
         ("latin.jsonl", b'{"text": "\xe9"}', "is not UTF-8"),

@@ -3,13 +3,15 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from vllm_attentionpack.calibrate import run
 from vllm_attentionpack.calibrate.run import calibrate
-from vllm_attentionpack.errors import BudgetError, ConfigError
+from vllm_attentionpack.errors import BudgetError, CalibrationDataError, ConfigError
 from vllm_attentionpack.packfile import load_pack
 
 pytestmark = pytest.mark.engine
@@ -151,6 +153,35 @@ def test_statistics_are_what_the_model_computes(llama: Path, texts: Path) -> Non
         torch.testing.assert_close(layer.moments.query, second, rtol=1e-3, atol=1e-2)
         rows = expected["o"].T.view(HEADS, D, -1)
         torch.testing.assert_close(layer.gram, rows @ rows.mT, rtol=1e-4, atol=1e-4)
+
+
+def test_what_only_the_model_can_tell_is_refused_before_the_work(
+    llama: Path, tmp_path: Path
+) -> None:
+    long, short = tmp_path / "long.jsonl", tmp_path / "short.jsonl"
+    chat = {"messages": [{"role": "user", "content": "word " * 400}]}
+    long.write_text(json.dumps({"text": TEXTS[0]}) + "\n" + json.dumps(chat) + "\n")
+    short.write_text('{"text": "a"}\n')
+    given: dict[str, Any] = {"dtype": "float32", "sensitivity": "uniform"}
+    with pytest.raises(CalibrationDataError, match=r"item of line 2 .* maximum context length is"):
+        calibrate(str(llama), long, 8, **given)
+    with pytest.raises(CalibrationDataError, match=r"short.jsonl' holds no text of two tokens"):
+        calibrate(str(llama), short, 8, **given)
+    with pytest.raises(ConfigError, match=r"weights are \[1.0\]; expected 2 positive numbers"):
+        calibrate(str(llama), short, 8, **given, layer_weights=[1.0])
+
+
+def test_too_few_tokens_are_warned_of(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(run.logger, "warning", lambda text, *values: warnings.append(text % values))
+    file = tmp_path / "one.txt"
+    file.write_text(TEXTS[1])
+    calibrate(str(llama), file, 8, dtype="float32", sensitivity="uniform")
+    (warning,) = warnings
+    assert "tokens were seen, for bases of 64 dims" in warning
+    assert "Give at least 256 tokens" in warning
 
 
 def test_unreachable_ratio_is_refused_before_the_work(llama: Path, texts: Path) -> None:

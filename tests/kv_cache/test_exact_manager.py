@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -257,3 +258,21 @@ def test_random_schedules(sinks, window, drafts, asynchronous):
         schedule.end(state, "finished")
     schedule.assert_sound()
     assert schedule.pool.get_num_free_blocks() == schedule.pool.num_gpu_blocks - 1
+
+
+@pytest.mark.parametrize(("sinks", "window"), [(9**9, 0), (0, 9**9), (300, 300)])
+def test_a_request_takes_no_more_than_its_tokens_fill(sinks, window):
+    """Or vLLM refuses to start, and states too small a capacity."""
+    spec = ExactWindowSpec(
+        block_size=EXACT_BLOCK,
+        num_kv_heads=1,
+        head_size=8,
+        dtype=torch.float32,
+        sinks=sinks,
+        window=window,
+        margin=1,
+    )
+    model = SimpleNamespace(max_model_len=MAX_MODEL_LEN)
+    blocks = MAX_MODEL_LEN // EXACT_BLOCK + 1
+    wanted = spec.max_memory_usage_bytes(SimpleNamespace(model_config=model))
+    assert wanted == blocks * spec.page_size_bytes

@@ -37,6 +37,9 @@ def test_bytes_of_a_request():
     # 32 compacted blocks; one for sinks, five for 32 tokens that start anywhere
     assert pages.request_bytes(2048, 4, 32) == (32 + 1 + 5) * 8 * 4096
     assert pages.request_bytes(2049, 0, 0) == 33 * 8 * 4096
+    # no more blocks than its tokens fill, with one under way, whatever may stay exact
+    for sinks, window in ((9**9, 0), (0, 9**9), (2000, 2000)):
+        assert pages.request_bytes(2048, sinks, window) == (32 + 257) * 8 * 4096
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from tests.support.packfiles import (
 from tests.support.packs import pack_of
 from vllm_attentionpack.codec.layout import PlaneCounts
 from vllm_attentionpack.errors import PackFileError
-from vllm_attentionpack.packfile import Pack, load_pack, read_header, save_pack
+from vllm_attentionpack.packfile import Pack, check_target, load_pack, read_header, save_pack
 
 
 def test_round_trip(path):
@@ -101,6 +101,18 @@ def test_a_failing_save_leaves_the_old_file_and_nothing_else(path, monkeypatch, 
     monkeypatch.undo()
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     assert_equal(load_pack(path), PACK)
+
+
+def test_a_target_is_checked_without_a_trace(path):
+    save_pack(PACK, path)
+    for good in (path, path.parent / "new" / "p"):
+        check_target(good)
+    assert not list((path.parent / "new").iterdir())
+    assert_equal(load_pack(path), PACK)
+    for bad in (path.parent, path / "p", Path("."), Path("/"), path.parent / ("long" * 99)):
+        with pytest.raises(PackFileError, match=f"cannot be written to '{bad}'"):
+            check_target(bad)
+    assert sorted(file.name for file in path.parent.iterdir()) == sorted(["new", path.name])
 
 
 def test_saving_onto_a_folder_or_under_a_file_is_refused(path):

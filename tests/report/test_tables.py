@@ -5,9 +5,19 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from vllm_attentionpack.codec.layout import PlaneCounts
 from vllm_attentionpack.evaluate.compare import Comparison
 from vllm_attentionpack.evaluate.run import Evaluation
+from vllm_attentionpack.packfile.schema import (
+    Fingerprint,
+    GroupHeader,
+    LayerHeader,
+    PackHeader,
+    PlaneHeader,
+    Provenance,
+)
 from vllm_attentionpack.report.evaluation import evaluation_table
+from vllm_attentionpack.report.inspect import pack_tables
 from vllm_attentionpack.report.machine import describe_machine
 from vllm_attentionpack.report.markdown import with_figures
 
@@ -40,6 +50,66 @@ def test_evaluation_table_shows_every_figure_in_a_narrow_terminal():
         assert figure in shown, figure
     assert "…" not in shown
     assert "text" in shown and "kind=" not in shown
+
+
+def test_names_in_brackets_are_shown():
+    """Rich would take them for markup: drop them, or fail on a closing one."""
+    evaluation = Evaluation(
+        overall=ROW,
+        groups={"kind=[text]": ROW, "kind=[/b]": ROW},
+        ratio=7.9,
+        bytes_per_token={"dense": 2048, "packed": 259},
+        kv_tokens={"dense": 1000, "packed": 7900},
+    )
+    console = Console(width=80, record=True)
+    console.print(evaluation_table(evaluation))
+    console.print(pack_tables(wide_header("/models/[new]/a[/b]")))
+    shown = console.export_text()
+    for name in ("[text]", "[/b] ", "/models/[new]/a[/b]"):
+        assert name in shown
+
+
+def test_pack_tables_show_every_figure_in_a_narrow_terminal():
+    console = Console(width=80, record=True)
+    console.print(pack_tables(wide_header("model")))
+    shown = console.export_text()
+    assert "…" not in shown
+    for cell in ("896/1024", "128/512/256", "832/1024", "64/512/256"):
+        assert cell in shown.split()
+
+
+def wide_header(model: str) -> PackHeader:
+    """Of a model with eight KV heads of 128 dims, all in one group."""
+    fingerprint = Fingerprint(
+        architecture="TestForCausalLM",
+        num_layers=1,
+        num_query_heads=32,
+        num_kv_heads=8,
+        head_size=128,
+        rope="{}",
+    )
+    key, value = PlaneCounts(n8=128, n4=512, n2=256), PlaneCounts(n8=64, n4=512, n2=256)
+    group = GroupHeader(key=PlaneHeader.of(key), value=PlaneHeader.of(value))
+    return PackHeader(
+        format_version=1,
+        fingerprint=fingerprint,
+        provenance=Provenance(
+            model=model,
+            data_sha256="0" * 64,
+            tokens=1,
+            visual_tokens=0,
+            seed=0,
+            vllm_version="0",
+            attentionpack_version="0",
+        ),
+        heads_per_group=8,
+        num_modalities=1,
+        ratio=4,
+        max_context=2048,
+        sinks=4,
+        window=64,
+        layers=(LayerHeader(name="a", bytes_per_token=1100, groups=(group,)),),
+    )
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/quality.md", "docs/window.md"])

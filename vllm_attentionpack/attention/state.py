@@ -55,6 +55,7 @@ class EngineState:
     tp_size: int
     tp_rank: int
     num_stages: int
+    max_model_len: int
     device: torch.device
     ops: Ops
     ops_name: str
@@ -100,6 +101,7 @@ class EngineState:
                 tp_size,
                 tp_rank=get_tensor_model_parallel_rank(),
                 num_stages=vllm_config.parallel_config.pipeline_parallel_size,
+                max_model_len=model.max_model_len,
                 device=device,
                 ops=ops,
                 ops_name=name,
@@ -131,12 +133,12 @@ class EngineState:
     @property
     def sinks(self) -> int:
         """Tokens at the start of a request that stay exact."""
-        return self.config.exact_tokens(self.pack.header)[0]
+        return min(self.config.exact_tokens(self.pack.header)[0], self.max_model_len)
 
     @property
     def window(self) -> int:
         """Tokens at the end of a request that stay exact, the newest included."""
-        return self.config.exact_tokens(self.pack.header)[1]
+        return min(self.config.exact_tokens(self.pack.header)[1], self.max_model_len)
 
     @property
     def prefills_densely(self) -> bool:
@@ -283,7 +285,7 @@ class EngineState:
             "%.2f times less than densely",
             self.sinks,
             self.window,
-            exact_blocks(pages.exact_block_size, self.sinks, self.window, margin),
+            exact_blocks(pages.exact_block_size, self.sinks, self.window, margin, longest),
             pages.exact_block_size,
             -(-longest // pages.block_size),
             pages.block_size,

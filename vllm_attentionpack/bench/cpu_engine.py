@@ -20,9 +20,11 @@ import numpy as np
 
 from vllm_attentionpack import plugin
 from vllm_attentionpack.bench.synthetic import save_dummy_model, synthetic_pack
+from vllm_attentionpack.calibrate.assemble import Budget
 from vllm_attentionpack.calibrate.settings import DEFAULT_SINKS, DEFAULT_WINDOW
 from vllm_attentionpack.config import SECTION
 from vllm_attentionpack.engine import shut_down
+from vllm_attentionpack.errors import ConfigError
 from vllm_attentionpack.packfile import save_pack
 from vllm_attentionpack.packfile.schema import Fingerprint
 
@@ -90,7 +92,18 @@ def compare(setup: Setup) -> dict[str, Any]:
     Returns:
         `decode_speedup` and `prefill_ratio` (our rate over the dense one), `batch_ratio` (our
         largest batch over the dense one), and both engines' figures.
+
+    Raises:
+        ConfigError: head groups that do not divide the heads.
+        BudgetError: the ratio cannot be met.
     """
+    if setup.kv_heads % setup.group:
+        raise ConfigError(
+            f"the group size is {setup.group}, but the model has {setup.kv_heads} KV heads. Choose "
+            "a divisor of them."
+        )
+    # before the dense run, not after it
+    Budget(setup.layers, setup.kv_heads, setup.head_size, setup.group).bytes_per_token(setup.ratio)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         save_dummy_model(

@@ -118,6 +118,15 @@ def _round_down(ratio: float) -> str:
     return f"{ratio * 100 // 1 / 100:.2f}"
 
 
+def check_weights(layer_weights: Sequence[float] | None, num_layers: int) -> None:
+    """Raises `ConfigError` unless there is one positive weight per layer, or none at all."""
+    if layer_weights is not None and (len(layer_weights) != num_layers or min(layer_weights) <= 0):
+        raise ConfigError(
+            f"layer weights are {list(layer_weights)}; expected {num_layers} positive numbers, one "
+            "per layer."
+        )
+
+
 @dataclass(frozen=True)
 class Assembled:
     """Ranks, bits and bases of all layers."""
@@ -196,12 +205,8 @@ class Assembler:
         """
         num_layers = len(self.names)
         bytes_per_token = self.budget.bytes_per_token(ratio)
+        check_weights(layer_weights, num_layers)
         weights = list(layer_weights) if layer_weights is not None else [1.0] * num_layers
-        if len(weights) != num_layers or min(weights) <= 0:
-            raise ConfigError(
-                f"layer weights are {weights}; expected {num_layers} positive numbers, one per "
-                "layer."
-            )
         curves = self._curves
         if sensitivity is not None:
             curves = [

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_attentionpack import plugin
-from vllm_attentionpack.engine import engine_arguments, shut_down
-from vllm_attentionpack.errors import CalibrationDataError, ConfigError
+from vllm_attentionpack.engine import engine_arguments, shut_down, start
+from vllm_attentionpack.errors import ConfigError
 from vllm_attentionpack.evaluate.data import Dataset
-from vllm_attentionpack.evaluate.prompts import PromptRenderer, RenderedPrompt
+from vllm_attentionpack.evaluate.prompts import PromptRenderer, RenderedPrompt, enqueue
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -42,7 +42,8 @@ def statistics_engine(model: str, seed: int, engine_args: Mapping[str, Any]) -> 
     """Starts vLLM in this process on the statistics backend and shuts it down in the end.
 
     Raises:
-        ConfigError: `engine_args` contradicts what gathering needs, or no model is at the path.
+        ConfigError: `engine_args` contradicts what gathering needs, or vLLM refuses it or the
+            model.
     """
     for name, value in _FORCED.items():
         if engine_args.get(name, value) != value:
@@ -50,13 +51,14 @@ def statistics_engine(model: str, seed: int, engine_args: Mapping[str, Any]) -> 
                 f"the engine argument '{name}' is {engine_args[name]!r}, but calibration needs "
                 f"{value!r}. Leave it out."
             )
-    if model.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(model)):
-        raise ConfigError(f"no model at '{model}'. Give the folder of a model, or its name.")
+    if "model" in engine_args:
+        raise ConfigError(
+            f"the engine arguments name the model '{engine_args['model']}', but the one to "
+            f"calibrate is '{model}'. Leave 'model' out of them."
+        )
     with _in_process(), _fewer_warnings():
         plugin.register()
-        from vllm import LLM
-
-        llm = LLM(**engine_arguments(model, {"seed": seed, **engine_args, **_FORCED}))
+        llm = start(engine_arguments(model, {"seed": seed, **engine_args, **_FORCED}))
         try:
             yield llm
         finally:
@@ -128,7 +130,7 @@ def feed(
             size = sum(len(waiting.token_ids) for waiting in wave)
             if len(wave) < _PROMPTS_PER_WAVE and size < left:
                 continue
-            _run(llm, wave, dataset)
+            _run(llm, wave)
             wave = []
             fraction = done / len(order)
             if max_tokens is not None:
@@ -137,7 +139,7 @@ def feed(
             if max_tokens is not None and tokens_seen() >= max_tokens:
                 return
     if wave:
-        _run(llm, wave, dataset)
+        _run(llm, wave)
     progress(1.0, tokens_seen())
 
 
@@ -147,17 +149,11 @@ class TokenCount(Protocol):
     def __call__(self) -> int: ...
 
 
-def _run(llm: "LLM", wave: list[RenderedPrompt], dataset: Dataset) -> None:
+def _run(llm: "LLM", wave: list[RenderedPrompt]) -> None:
     from vllm import SamplingParams
 
     # The one token that vLLM must generate is sampled from the last logits and never attended.
     sampling = SamplingParams(max_tokens=1, temperature=0.0)
     for rendered in wave:
-        try:
-            llm.enqueue(rendered.prompt, sampling, use_tqdm=False)
-        except ValueError as error:
-            raise CalibrationDataError(
-                f"line {rendered.item.line} of '{dataset.path}' cannot be used with this model "
-                f"({error}). Shorten or remove it, or raise --max-model-len."
-            ) from error
+        enqueue(llm, rendered, sampling)
     llm.wait_for_completion(use_tqdm=False)

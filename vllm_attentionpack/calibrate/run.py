@@ -9,13 +9,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_attentionpack import __version__
-from vllm_attentionpack.calibrate.assemble import Budget
+from vllm_attentionpack.calibrate.assemble import Budget, check_weights
 from vllm_attentionpack.calibrate.engine import Progress, feed, statistics_engine
 from vllm_attentionpack.calibrate.settings import CalibrateSettings, make_settings
 from vllm_attentionpack.errors import CalibrationDataError
-from vllm_attentionpack.evaluate.data import Dataset, Item, read_dataset
+from vllm_attentionpack.evaluate.data import ChatItem, Dataset, Item, read_dataset
 from vllm_attentionpack.evaluate.simulate.codec import CacheShape, ExactTokens, PackCodec
-from vllm_attentionpack.packfile import Pack, PackHeader, Provenance, save_pack
+from vllm_attentionpack.packfile import Pack, PackHeader, Provenance, check_target, save_pack
 from vllm_attentionpack.packfile.schema import FORMAT_VERSION, Fingerprint
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ logger = logging.getLogger("vllm.attentionpack")
 
 #: With fewer visual tokens than this, `auto` codes them like text: their statistics are noise.
 MIN_VISUAL_TOKENS = 64
+#: With fewer tokens than this for each joint dim of a head group, calibration warns.
+_TOKENS_PER_DIM = 4
 #: Where sensitivities are measured when the ratio is yet to be found.
 _SENSITIVITY_RATIO = 8.0
 
@@ -66,13 +68,35 @@ def run_calibration(settings: CalibrateSettings) -> Pack:
         ConfigError: the settings contradict the model.
         UnsupportedModelError: the model cannot be served from a compacted cache.
         BudgetError: the ratio cannot be met.
+        PackFileError: the pack cannot be written where it is to go.
     """
     dataset = read_dataset(settings.data)
+    # before the work, not after it
+    if settings.output is not None:
+        check_target(settings.output)
+    check_data(dataset, settings)
     with statistics_engine(settings.model, settings.seed, settings.engine) as llm:
         pack = _calibrate(llm, dataset, settings)
     if settings.output is not None:
         save_pack(pack, settings.output)
     return pack
+
+
+def check_data(dataset: Dataset, settings: CalibrateSettings) -> None:
+    """Raises `CalibrationDataError` where the items cannot give what the settings ask for."""
+    chats = [item for item in dataset.items if isinstance(item, ChatItem)]
+    if settings.modalities == 2 and not any(item.images for item in chats):
+        raise CalibrationDataError(
+            f"modalities is 2, but '{dataset.path}' names no image. Give data with images and "
+            "text, or set modalities to 1 or auto."
+        )
+    scored = len(chats) < len(dataset.items) or any(item.answer is not None for item in chats)
+    if settings.sensitivity == "measured" and not scored:
+        raise CalibrationDataError(
+            f"none of the {len(chats)} chats in '{dataset.path}' has an answer, and sensitivity is "
+            "measured on answers and texts. Add answers or texts, or set 'sensitivity: uniform' in "
+            "the --config file, which costs quality."
+        )
 
 
 def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
@@ -95,7 +119,8 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
             found.num_layers, found.num_kv_heads, found.head_size, collector.heads_per_group
         )
         if settings.ratio != "auto":
-            budget.bytes_per_token(settings.ratio)  # before the work, not after it
+            budget.bytes_per_token(settings.ratio)
+        check_weights(settings.layer_weights, found.num_layers)
         with _progress_bar() as progress:
             feed(
                 llm,
@@ -108,6 +133,19 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
     finally:
         collector.remove()
     tokens, visual_tokens = collector.tokens, collector.visual_tokens
+    dims = collector.heads_per_group * found.head_size
+    if not tokens:
+        raise CalibrationDataError(
+            f"'{dataset.path}' holds no text of two tokens or more and no chat. Give more."
+        )
+    if tokens < _TOKENS_PER_DIM * dims:
+        logger.warning(
+            "Only %d tokens were seen, for bases of %d dims: what is served will lose more than "
+            "it need. Give at least %d tokens, better ten times as many.",
+            tokens,
+            dims,
+            _TOKENS_PER_DIM * dims,
+        )
     modalities = _modalities(settings, tokens, visual_tokens)
     max_context = settings.max_context or llm.model_config.max_model_len
     logger.info(

@@ -47,7 +47,9 @@ class CalibrateSettings(BaseModel):
         engine: further arguments of `vllm.LLM`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
 
     model: str
     data: Path

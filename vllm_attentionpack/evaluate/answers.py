@@ -9,10 +9,9 @@ import numpy as np
 
 from vllm_attentionpack import plugin
 from vllm_attentionpack.config import SECTION
-from vllm_attentionpack.engine import engine_arguments, shut_down
-from vllm_attentionpack.errors import CalibrationDataError
+from vllm_attentionpack.engine import engine_arguments, shut_down, start
 from vllm_attentionpack.evaluate.data import ChatItem, Item
-from vllm_attentionpack.evaluate.prompts import PromptRenderer, RenderedPrompt
+from vllm_attentionpack.evaluate.prompts import PromptRenderer, RenderedPrompt, enqueue
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -72,17 +71,16 @@ def run_engine(
 
     Raises:
         CalibrationDataError: an item that the engine refuses, with its line number.
+        ConfigError: vLLM refuses the model or its arguments.
     """
     plugin.register()
-    from vllm import LLM
-
     arguments = engine_arguments(model, {"max_logprobs": -1, **engine_args})
     if pack is not None:
         arguments["attention_backend"] = plugin.BACKEND
         arguments["additional_config"] = {
             SECTION: {"pack": str(pack), "exact_prefill": False},
         }
-    llm = LLM(**arguments)
+    llm = start(arguments)
     try:
         cache = llm.llm_engine.vllm_config.cache_config
         vocabulary = llm.model_config.get_vocab_size()
@@ -145,13 +143,7 @@ def score(llm: "LLM", items: Sequence[Item], top: int) -> list[Scored | None]:
 
 def _run(llm: "LLM", prompts: Sequence[RenderedPrompt], sampling: Sequence[Any]) -> list[Any]:
     for rendered, parameters in zip(prompts, sampling, strict=True):
-        try:
-            llm.enqueue(rendered.prompt, parameters, use_tqdm=False)
-        except ValueError as error:
-            raise CalibrationDataError(
-                f"the item of line {rendered.item.line} cannot be used with this model ({error}). "
-                "Shorten or remove it, or raise --max-model-len."
-            ) from error
+        enqueue(llm, rendered, parameters)
     outputs = llm.wait_for_completion(use_tqdm=True)
     return sorted(outputs, key=lambda output: int(output.request_id.partition("-")[0]))
 

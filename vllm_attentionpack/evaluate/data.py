@@ -118,11 +118,16 @@ def read_dataset(path: str | os.PathLike[str]) -> Dataset:
             form, an image that is missing or cannot be read; with the line number.
     """
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):  # `Path.is_file` raises where a name is too long
         raise CalibrationDataError(
             f"no data file at '{file}'. Give a .jsonl file of chats or texts, or a .txt file."
         )
-    raw = file.read_bytes()
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise CalibrationDataError(
+            f"'{file}' cannot be read ({error}). Give a file that can be."
+        ) from error
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -155,10 +160,17 @@ class _LineReader:
     def item(self, text: str, line: int) -> Item:
         try:
             value = json.loads(text)
-        except json.JSONDecodeError as error:
+        # beside errors of syntax there are numbers too long for Python, and lists nested too deeply
+        except (ValueError, RecursionError) as error:
             raise self._error(
                 line, f"is not valid JSON ({error})", "Write one JSON object per line"
             ) from error
+        if surrogate := _lone_surrogate(text, value):
+            raise self._error(
+                line,
+                f"holds {surrogate}, half of a character that was cut in two",
+                "Write the whole character, or remove the rest of it",
+            )
         if not isinstance(value, dict) or ("messages" in value) == ("text" in value):
             raise self._error(
                 line,
@@ -245,8 +257,15 @@ class _LineReader:
     def _image(self, url: str, line: int) -> ImageSource:
         if url.startswith("data:"):
             content = self._data_url(url, line)
-            return self._readable(content, hashlib.sha256(content).hexdigest(), url[:40], line)
-        parts = urlsplit(url)
+            return self._readable(content, url[:40], line)
+        try:
+            parts = urlsplit(url)
+        except ValueError as error:
+            raise self._error(
+                line,
+                f"names the image '{_shorten(url)}', which is no URL ({error})",
+                "Give a path or a file: URL",
+            ) from error
         if parts.scheme not in ("", "file"):
             raise self._error(
                 line,
@@ -256,14 +275,14 @@ class _LineReader:
         # a relative path may hold '#' or '?', which only mean something in URLs
         path = Path(unquote(parts.path)) if parts.scheme else self._file.parent / url
         if path not in self._images:
-            if not path.is_file():
+            if not os.path.isfile(path):  # `Path.is_file` raises where a name is too long
                 raise self._error(
                     line,
-                    f"names the image '{path}', which does not exist",
-                    f"Paths are relative to '{self._file.parent}'",
+                    f"names the image '{_shorten(str(path))}', which does not exist",
+                    f"Paths are relative to '{self._file.parent}'; encoded images are written "
+                    "data:image/png;base64,<data>",
                 )
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            self._images[path] = self._readable(path, digest, str(path), line)
+            self._images[path] = self._readable(path, str(path), line)
         return self._images[path]
 
     def _data_url(self, url: str, line: int) -> bytes:
@@ -279,22 +298,35 @@ class _LineReader:
                 "Write data:image/png;base64,<data>",
             ) from error
 
-    def _readable(self, content: Path | bytes, digest: str, name: str, line: int) -> ImageSource:
-        from PIL import Image
-
+    def _readable(self, content: Path | bytes, name: str, line: int) -> ImageSource:
         try:
-            source = io.BytesIO(content) if isinstance(content, bytes) else content
-            with Image.open(source) as image:
-                image.verify()
+            encoded = content if isinstance(content, bytes) else content.read_bytes()
+            image = ImageSource(content, hashlib.sha256(encoded).hexdigest())
+            # decoded whole: `verify` takes a JPEG that was cut off for sound
+            image.load()
         # Pillow's decoders raise whatever their parsing runs into
         except Exception as error:
             raise self._error(
                 line, f"names the image '{name}', which cannot be read ({error})", "Replace it"
             ) from error
-        return ImageSource(content, digest)
+        return image
 
     def _error(self, line: int, problem: str, remedy: str) -> CalibrationDataError:
         return CalibrationDataError(f"line {line} of '{self._file}' {problem}. {remedy}.")
+
+
+def _lone_surrogate(text: str, value: Any) -> str | None:
+    """The first half of a surrogate pair that stands alone in `value`, which `text` is read as.
+
+    JSON can spell it, UTF-8 cannot, and tokenizers fail on it.
+    """
+    if "\\u" not in text:
+        return None
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"\\u{ord(error.object[error.start]):04x}"
+    return None
 
 
 def _shorten(value: Any) -> str:

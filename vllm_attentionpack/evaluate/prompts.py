@@ -36,6 +36,23 @@ class RenderedPrompt:
         return self.prompt["prompt_token_ids"]
 
 
+def enqueue(llm: "LLM", rendered: RenderedPrompt, sampling: Any) -> None:
+    """Hands a prompt to the engine.
+
+    Raises:
+        CalibrationDataError: the engine refuses it (too long, say), with the line of its item.
+    """
+    from vllm.exceptions import VLLMClientError  # what refusals are is no ValueError
+
+    try:
+        llm.enqueue(rendered.prompt, sampling, use_tqdm=False)
+    except (ValueError, VLLMClientError) as error:
+        raise CalibrationDataError(
+            f"the item of line {rendered.item.line} cannot be used with this model ({error}). "
+            "Shorten or remove it, or raise --max-model-len."
+        ) from error
+
+
 class PromptRenderer:
     """Renders items for one model.
 

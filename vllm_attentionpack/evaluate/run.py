@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from vllm_attentionpack.evaluate.answers import Answers, run_engine
 from vllm_attentionpack.evaluate.compare import Comparison, compare
 from vllm_attentionpack.evaluate.data import Dataset, read_dataset
-from vllm_attentionpack.packfile import read_header
+from vllm_attentionpack.packfile import load_pack
 
 #: Likeliest tokens per position that the divergence is computed from (see `kl_divergence`).
 TOP_LOGPROBS = 64
@@ -71,11 +71,12 @@ def evaluate(
         AttentionPackError: the data, the pack or the configuration cannot be used.
     """
     dataset = read_dataset(data)
-    header = read_header(pack)  # before the dense run, not after it
+    header = load_pack(pack).header
     arguments = dict(engine_args or {})
+    # first: a pack of another model is refused before the dense run, not after it
+    compacted = run_engine(model, dataset.items, Path(pack), arguments, top_logprobs)
     if dense is None:
         dense = run_engine(model, dataset.items, None, arguments, top_logprobs)
-    compacted = run_engine(model, dataset.items, Path(pack), arguments, top_logprobs)
     return Evaluation(
         overall=compare(dataset.items, dense, compacted, range(len(dataset.items))),
         groups={

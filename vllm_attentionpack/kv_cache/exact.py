@@ -46,7 +46,9 @@ class ExactWindowSpec(AttentionSpec):
         return exact_blocks(self.block_size, self.sinks, self.window, self.margin)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        return self.max_blocks_per_request * self.page_size_bytes
+        longest = vllm_config.model_config.max_model_len
+        blocks = exact_blocks(self.block_size, self.sinks, self.window, self.margin, longest)
+        return blocks * self.page_size_bytes
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         return all(spec == self for spec in kv_cache_specs.values())

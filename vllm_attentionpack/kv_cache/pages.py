@@ -61,12 +61,14 @@ class PageGeometry:
 
     def request_bytes(self, tokens: int, sinks: int, window: int, margin: int = 1) -> int:
         """Bytes of the blocks that a request of `tokens` tokens takes at most."""
-        exact = exact_blocks(self.exact_block_size, sinks, window, margin)
+        exact = exact_blocks(self.exact_block_size, sinks, window, margin, tokens)
         blocks = -(-tokens // self.block_size) + exact
         return blocks * self.page_bytes
 
 
-def exact_blocks(block_size: int, sinks: int, window: int, margin: int = 1) -> int:
+def exact_blocks(
+    block_size: int, sinks: int, window: int, margin: int = 1, longest: int | None = None
+) -> int:
     """The most exact blocks that one request holds.
 
     Args:
@@ -74,10 +76,12 @@ def exact_blocks(block_size: int, sinks: int, window: int, margin: int = 1) -> i
         sinks: exact tokens at the start of the request.
         window: exact tokens at its end, the newest included.
         margin: tokens of the steps under way.
+        longest: tokens of the request, `margin` left out; None where they are not known.
     """
     # One more, because a window need not start with a block.
     recent = -(-(window - 1 + margin) // block_size) + 1 if window > 1 else 0
-    return -(-sinks // block_size) + recent
+    blocks = -(-sinks // block_size) + recent
+    return blocks if longest is None else min(blocks, -(-(longest + margin) // block_size))
 
 
 def page_geometry(

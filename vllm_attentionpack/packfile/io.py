@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import os
 import reprlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -48,13 +49,32 @@ def save_pack(pack: Pack, path: str | os.PathLike[str]) -> None:
                     tensors[prefix + field] = tensor.cpu().contiguous().clone()
     tensors[_DIGEST] = _digest(header, tensors)
     metadata = {_HEADER_KEY: header}
-    target = Path(path)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with _partial(Path(path)) as partial:
         # not `save_file`: what it writes can be read by its owner alone
         partial.write_bytes(save(tensors, metadata))
-        os.replace(partial, target)
+        os.replace(partial, path)
+
+
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Checks that a pack can be written, before the work that it is to hold; leaves no file.
+
+    Raises:
+        PackFileError: as `save_pack`.
+    """
+    target = Path(path)
+    with _partial(target) as partial:
+        if target.is_dir():
+            raise IsADirectoryError("it is a folder")
+        partial.touch()
+
+
+@contextlib.contextmanager
+def _partial(target: Path) -> Iterator[Path]:
+    """Where to write what is to become `target`; gone in the end."""
+    partial = target.parent / f"{target.name}.{os.getpid()}.partial"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
     except OSError as error:
         raise PackFileError(
             f"the pack cannot be written to '{target}' ({error}). Give the path of a file in a "

@@ -1,6 +1,7 @@
 """An evaluation as a table."""
 
 from rich.table import Table
+from rich.text import Text
 
 from vllm_attentionpack.evaluate.compare import Comparison
 from vllm_attentionpack.evaluate.run import Evaluation
@@ -22,7 +23,8 @@ def evaluation_table(evaluation: Evaluation) -> Table:
     for name in ("items", "n", "KL", "top-1", "ppl", "(dense)", "right", "(dense)", "same"):
         table.add_column(name, justify="left" if name == "items" else "right", no_wrap=True)
     for name, row in [("all", evaluation.overall), *evaluation.groups.items()]:
-        table.add_row(name.partition("=")[2] or name, *_cells(row))
+        # not a string: brackets in the name of a group are no markup
+        table.add_row(Text(name.partition("=")[2] or name), *_cells(row))
     return table
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from vllm_attentionpack.codec.layout import KINDS, GroupLayout, LayerLayout, PlaneCounts
 from vllm_attentionpack.kv_cache.pages import PageGeometry, page_geometry
@@ -76,10 +77,12 @@ def _header_table(header: PackHeader, facts: dict[str, Any]) -> Table:
         f"{provenance.vllm_version}, pack format {header.format_version}",
     }
     if header.validation is not None:
-        style = "" if header.validation.passed else "[bold red]"
-        rows["validation"] = style + validation_text(header.validation)
+        rows["validation"] = validation_text(header.validation)
+    failed = header.validation is not None and not header.validation.passed
     for name, value in rows.items():
-        table.add_row(name, value)
+        # not a string: brackets in the name of a model are no markup
+        style = "bold red" if failed and name == "validation" else ""
+        table.add_row(name, Text(value, style))
     return table
 
 
@@ -120,6 +123,8 @@ def pack_pages(header: PackHeader) -> PageGeometry:
 def _layer_table(facts: dict[str, Any]) -> Table:
     table = Table(
         box=None,
+        # 1024 joint dims, the most that `--group-size auto` makes, fit into 80 columns
+        padding=(0, 1, 0, 0),
         caption="rank: latent dims kept, at 8, 4 and 2 bits; bits: per element; bytes: per token",
         caption_justify="left",
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vllm_attentionpack import compat
 from vllm_attentionpack.errors import CalibrationDataError, UnsupportedModelError
 from vllm_attentionpack.evaluate.data import Item
-from vllm_attentionpack.evaluate.prompts import PromptRenderer, RenderedPrompt
+from vllm_attentionpack.evaluate.prompts import PromptRenderer, RenderedPrompt, enqueue
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -86,13 +86,8 @@ def _record_one(llm: "LLM", owner: int, rendered: RenderedPrompt) -> Recorded:
 
     (tape,) = llm.apply_model(_Tape)
     try:
-        llm.enqueue(rendered.prompt, SamplingParams(max_tokens=1, temperature=0.0), use_tqdm=False)
+        enqueue(llm, rendered, SamplingParams(max_tokens=1, temperature=0.0))
         llm.wait_for_completion(use_tqdm=False)
-    except ValueError as error:
-        raise CalibrationDataError(
-            f"the item of line {rendered.item.line} cannot be used with this model ({error}). "
-            "Shorten or remove it, or raise --max-model-len."
-        ) from error
     finally:
         tape.remove()
     scored = rendered.num_scored_tokens
