@@ -139,9 +139,10 @@ class ExactWindowManager(SingleTypeKVCacheManager):
         there, later ones push out again.
         """
         spec = self.kv_cache_spec
-        # Of the last `margin` tokens some may be rejected; those of a prompt are there to stay.
-        end = max(num_tokens - spec.margin, self._prefill_end.get(request_id, 0))
-        recent = max(end - (spec.window - 1), 0) // self.block_size
+        # The first query to come: of the last `margin` tokens some may be rejected, those of a
+        # prompt stay, and the last of them may be a step of its own.
+        query = max(num_tokens - spec.margin, self._prefill_end.get(request_id, 0) - 1)
+        recent = max(query - (spec.window - 1), 0) // self.block_size
         return [
             index < self._sink_blocks or (spec.window > 1 and index >= recent)
             for index in range(first, -(-num_tokens // self.block_size))
