@@ -1,10 +1,13 @@
 """From planted moments to a pack: budgets, units of the metrics, and what low rank buys."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from vllm_attentionpack.calibrate.assemble import (
     KEY_PRICE,
+    Assembler,
     Budget,
     LayerStatistics,
     assemble,
@@ -14,7 +17,7 @@ from vllm_attentionpack.calibrate.assemble import (
 )
 from vllm_attentionpack.calibrate.moments import GroupMoments, LayerMoments
 from vllm_attentionpack.codec.codec import LayerCodec
-from vllm_attentionpack.codec.layout import GroupLayout, LayerLayout
+from vllm_attentionpack.codec.layout import PLANE_QUANTUM, GroupLayout, LayerLayout
 from vllm_attentionpack.errors import BudgetError, ConfigError
 
 HQ, HK, D, G, RANK = 4, 4, 32, 2, 10
@@ -139,3 +142,17 @@ def test_the_named_range_can_be_met() -> None:
     for ratio, bytes_per_token in ((25.6, 20), (1.97, 260)):
         (header,), _ = assemble([layer], ratio=ratio, heads_per_group=G, regularization=1e-2)
         assert header.bytes_per_token <= bytes_per_token
+
+
+def test_a_layer_without_output_takes_no_bytes_from_the_others() -> None:
+    alive, dead = planted(0)[0], replace(planted(1)[0], gram=torch.zeros(HQ, D, D).double())
+    assembler = Assembler([dead, alive], G, 1e-2)
+    assembled = assembler.at(16)
+    smallest = assembler.budget.fixed_bytes + 2 * N * PLANE_QUANTUM
+    assert assembled.headers[0].bytes_per_token == smallest
+    assert assembled.headers[1].bytes_per_token == assembler.budget.bytes_per_token(16) - smallest
+    lost = assembler.distortion(assembled)
+    assert lost[0, "key"] == lost[0, "value"] == 0 < lost[1, "key"]
+    for pack in assembled.packs:
+        for bases in pack.bases:
+            assert all(x.isfinite().all() for b in bases.values() for x in b.tensors().values())

@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_attentionpack.attention.state import in_flight_tokens
 from vllm_attentionpack.kv_cache.exact import ExactWindowSpec
 from vllm_attentionpack.ops.exact import NULL_BLOCK, locate_exact
 
@@ -70,11 +72,18 @@ class Running:
 class Schedule:
     """Random prefill chunks, decodes, drafts, hits, preemptions and aborts."""
 
-    def __init__(self, sinks: int, window: int, drafts: int, asynchronous: bool, blocks: int):
+    def __init__(
+        self, sinks: int, window: int, drafts: int, lookahead: int, asynchronous: bool, blocks: int
+    ):
         self.random = random.Random(f"{sinks} {window} {drafts} {asynchronous}")
         self.sinks, self.window, self.drafts = sinks, window, drafts
-        self.asynchronous = asynchronous
-        margin = (2 if asynchronous else 1) * (1 + drafts)
+        self.lookahead, self.asynchronous = lookahead, asynchronous
+        config: Any = SimpleNamespace(
+            max_concurrent_batches=2 if asynchronous else 1,
+            num_speculative_tokens=drafts,
+            num_lookahead_tokens=lookahead,
+        )
+        margin = in_flight_tokens(config)
         heads = dict(num_kv_heads=1, head_size=8, dtype=torch.uint8, num_head_slots=1)
         self.spec = ExactWindowSpec(
             block_size=EXACT_BLOCK,
@@ -127,7 +136,7 @@ class Schedule:
         state = Running(request, request.num_tokens, hit=hit, real=hit)
         new = self.random.randint(1, request.num_tokens - hit)
         blocks = self.manager.allocate_slots(
-            request, new, hit, computed, full_sequence_must_fit=True
+            request, new, hit, computed, self.lookahead, full_sequence_must_fit=True
         )
         if blocks is None:
             self.seen["refused"] += 1
@@ -152,7 +161,7 @@ class Schedule:
             new = 1 + drafts
         if request.num_output_tokens > 20 or request.num_computed_tokens + new > MAX_MODEL_LEN:
             return self.end(state, "finished")
-        blocks = self.manager.allocate_slots(request, new, num_lookahead_tokens=0)
+        blocks = self.manager.allocate_slots(request, new, num_lookahead_tokens=self.lookahead)
         if blocks is None:
             return self.preempt()
         self.worker.rows[request.request_id] += blocks.get_block_ids()[1]
@@ -228,11 +237,17 @@ class Schedule:
 
 
 @pytest.mark.parametrize(
-    ("sinks", "window", "drafts", "asynchronous"),
-    [(4, 32, 0, False), (4, 32, 3, True), (0, 7, 2, False), (6, 0, 0, True)],
+    ("sinks", "window", "drafts", "lookahead", "asynchronous"),
+    [
+        (4, 32, 0, 0, False),
+        (4, 32, 3, 0, True),
+        (0, 7, 2, 0, False),
+        (6, 0, 0, 0, True),
+        (1, 16, 7, 7, True),
+    ],
 )
-def test_random_schedules(sinks, window, drafts, asynchronous):
-    schedule = Schedule(sinks, window, drafts, asynchronous, blocks=160)
+def test_random_schedules(sinks, window, drafts, lookahead, asynchronous):
+    schedule = Schedule(sinks, window, drafts, lookahead, asynchronous, blocks=160)
     choice = schedule.random
     for _ in range(STEPS):
         action = choice.random()

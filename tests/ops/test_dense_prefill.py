@@ -153,6 +153,18 @@ def test_exact_tokens_take_the_place_of_their_codes(codec):
     assert (plain - want).abs().max() > 0.2 * want.abs().max()
 
 
+def test_what_another_request_has_left_in_the_workspace_is_not_read(codec, monkeypatch):
+    case = paged_batch(codec, HEADS, [0, 37, 128], [70, 64, 128], 16)
+    want, _ = run(cpu, codec, case)
+
+    def full_of_nan(self: DensePrefill, blocks: int) -> None:
+        self.pages = torch.full((blocks, *self.pages.shape[1:]), float("nan")).bfloat16()
+
+    monkeypatch.setattr(DensePrefill, "_reserve", full_of_nan)
+    out, _ = run(cpu, codec, case)
+    assert torch.equal(out, want)
+
+
 def test_decompressed_tokens_give_the_logits_of_their_codes(codec):
     """What is rebuilt is what attention over codes sees."""
     case = paged_batch(codec, HEADS, [50], [1], 16)

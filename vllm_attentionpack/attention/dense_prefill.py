@@ -58,6 +58,7 @@ class DenseStep:
         query_start_loc: int32 `[requests + 1]`.
         seq_lens: int32 `[requests]`.
         block_table: int32, of the workspace.
+        last_blocks: int64, of it, where each of them ends.
         schedule: of vLLM's op.
         rest: the other requests, as a step of their own; None where there are none.
         rest_requests: int64, rows of the step's block table.
@@ -73,6 +74,7 @@ class DenseStep:
     query_start_loc: Tensor
     seq_lens: Tensor
     block_table: Tensor
+    last_blocks: Tensor
     schedule: Tensor
     rest: "AttentionPackMetadata | None"
     rest_requests: Tensor
@@ -136,6 +138,7 @@ class DensePrefill:
             query_start_loc,
             seq_lens,
             first_blocks[:, None] + torch.arange(longest, dtype=torch.int32),
+            (first_blocks + (seq_lens - 1) // _BLOCK_SIZE).long(),
             self._schedule(query_start_loc, seq_lens),
             _subset(step, others, rest_tokens) if others else None,
             torch.tensor(others, dtype=torch.int64),
@@ -171,6 +174,9 @@ class DensePrefill:
             scale: softmax scale.
             out: `[T, Hq, D]`, contiguous; mutated where `dense.tokens` are.
         """
+        # The op reads whole tiles: a NaN that another request has left behind the last token would
+        # spoil this one, weight zero or not.
+        self.pages[dense.last_blocks] = 0
         whole = dense.rest is None
         slab = max(1, _SLAB // block_size) * block_size  # begins with a block
         query, key, value = (
@@ -212,8 +218,7 @@ class DensePrefill:
 
     def _reserve(self, blocks: int) -> None:
         if len(self.pages) < blocks:
-            # The op reads whole tiles: what lies behind the last token must be numbers.
-            self.pages = self.pages.new_zeros(blocks, *self.pages.shape[1:])
+            self.pages = self.pages.new_empty(blocks, *self.pages.shape[1:])
 
     def _schedule(self, query_start_loc: Tensor, seq_lens: Tensor) -> Tensor:
         return vllm_ops.cpu_attn_get_scheduler_metadata(

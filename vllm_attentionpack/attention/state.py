@@ -34,8 +34,13 @@ _ATTRIBUTE = "_attentionpack_state"
 
 
 def in_flight_tokens(vllm_config: VllmConfig) -> int:
-    """The most tokens that the steps under way add to a request that decodes, drafts included."""
-    return int(vllm_config.max_concurrent_batches * (1 + vllm_config.num_speculative_tokens))
+    """The most tokens that have slots behind the processed ones of a request that decodes.
+
+    Those of the steps under way, drafts included, and those that a drafter with a cache of its own
+    fills ahead.
+    """
+    added = vllm_config.max_concurrent_batches * (1 + vllm_config.num_speculative_tokens)
+    return int(added + vllm_config.num_lookahead_tokens)
 
 
 @dataclass

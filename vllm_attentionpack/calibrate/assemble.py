@@ -16,6 +16,7 @@ Layers are compared by distortion over the energy of their own output,
 nor one that writes much fed for it.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -290,10 +291,13 @@ def key_metric(layer: LayerStatistics) -> Tensor:
 
 
 def output_energy(layer: LayerStatistics) -> float:
-    """Mean squared length of what values add to the layer's output, at softmax weight one."""
+    """Mean squared length of what values add to the layer's output, at softmax weight one.
+
+    Infinite for a layer that adds nothing: no error in it is worth a byte.
+    """
     second, _ = _value_moments(layer)
-    energy = torch.einsum("hjab,hab->", _by_kv_head(layer.gram, layer), second)
-    return max(float(energy), torch.finfo(torch.float32).tiny)
+    energy = float(torch.einsum("hjab,hab->", _by_kv_head(layer.gram, layer), second))
+    return energy if energy > torch.finfo(torch.float32).tiny else math.inf
 
 
 def _value_moments(layer: LayerStatistics) -> tuple[Tensor, Tensor]:

@@ -17,10 +17,14 @@ from vllm_attentionpack import compat
 from vllm_attentionpack.calibrate.assemble import LayerStatistics
 from vllm_attentionpack.calibrate.backend import RECORDER
 from vllm_attentionpack.calibrate.layers import AttentionSite, attention_sites, output_gram
-from vllm_attentionpack.calibrate.moments import MomentAccumulator, auto_group_size
+from vllm_attentionpack.calibrate.moments import (
+    LayerMoments,
+    MomentAccumulator,
+    auto_group_size,
+)
 from vllm_attentionpack.calibrate.rotary import rotary_of
 from vllm_attentionpack.codec.positions import Rotary
-from vllm_attentionpack.errors import ConfigError, UnsupportedModelError
+from vllm_attentionpack.errors import CalibrationDataError, ConfigError, UnsupportedModelError
 
 logger = init_logger(__name__)
 
@@ -168,7 +172,12 @@ class Collector:
     def statistics(
         self, num_positions: int, num_modalities: int, dtype: torch.dtype
     ) -> Iterator[LayerStatistics]:
-        """The statistics of one layer after the other; a recorder gives up its sums, for room."""
+        """The statistics of one layer after the other; a recorder gives up its sums, for room.
+
+        Raises:
+            UnsupportedModelError: a layer that never attended.
+            CalibrationDataError: a layer that was given infinities or NaN.
+        """
         for recorder in self.recorders:
             if recorder.moments is None:
                 raise UnsupportedModelError(
@@ -176,9 +185,22 @@ class Collector:
                 )
             moments = recorder.moments.finalize(num_positions, num_modalities)
             recorder.moments = None
+            _check_finite(recorder.layer.layer_name, moments)
             gram = output_gram(recorder.site, dtype)
             scale = recorder.layer.impl.scale
             yield LayerStatistics(recorder.layer.layer_name, scale, moments, gram)
+
+
+def _check_finite(layer_name: str, moments: LayerMoments) -> None:
+    """One such token spoils every sum."""
+    seen = {"keys": moments.key.second, "values": moments.value.second, "queries": moments.query}
+    broken = [what for what, sums in seen.items() if not torch.isfinite(sums).all()]
+    if broken:
+        raise CalibrationDataError(
+            f"during calibration the layer '{layer_name}' was given {', '.join(broken)} that are "
+            "infinite or no numbers: the model overflows on this data. Try another --dtype "
+            "(bfloat16 or float32), and check that the model answers sensibly without this plugin."
+        )
 
 
 def _resolve_group_size(group_size: int | str, layer: Attention) -> int:

@@ -133,19 +133,7 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
     finally:
         collector.remove()
     tokens, visual_tokens = collector.tokens, collector.visual_tokens
-    dims = collector.heads_per_group * found.head_size
-    if not tokens:
-        raise CalibrationDataError(
-            f"'{dataset.path}' holds no text of two tokens or more and no chat. Give more."
-        )
-    if tokens < _TOKENS_PER_DIM * dims:
-        logger.warning(
-            "Only %d tokens were seen, for bases of %d dims: what is served will lose more than "
-            "it need. Give at least %d tokens, better ten times as many.",
-            tokens,
-            dims,
-            _TOKENS_PER_DIM * dims,
-        )
+    _check_tokens(dataset, tokens, collector.heads_per_group * found.head_size)
     modalities = _modalities(settings, tokens, visual_tokens)
     max_context = settings.max_context or llm.model_config.max_model_len
     logger.info(
@@ -172,16 +160,14 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
     if settings.sensitivity == "measured":
         items = _drawn(fitted, settings.seed)
         simulator = Simulator(llm, shape, items, settings.sensitivity_tokens)
+        exact = ExactTokens(settings.sinks, settings.window)
+        simulator.check_codes_are_read(exact)
         start = settings.ratio if settings.ratio != "auto" else _SENSITIVITY_RATIO
         with _progress_bar("measuring sensitivity") as progress:
             assembled = assembler.at(start, settings.layer_weights)
             sensitivity = measure_sensitivity(
                 simulator,
-                PackCodec(
-                    shape,
-                    assembled.codecs(simulator.device),
-                    ExactTokens(settings.sinks, settings.window),
-                ),
+                PackCodec(shape, assembled.codecs(simulator.device), exact),
                 assembler.distortion(assembled),
                 lambda fraction: progress(fraction, simulator.tokens),
             )
@@ -226,6 +212,28 @@ def _fingerprint(llm: Any, collector: "Collector") -> Fingerprint:
     from vllm_attentionpack.attention.fingerprint import fingerprint
 
     return fingerprint(llm.model_config).model_copy(update={"num_layers": len(collector.recorders)})
+
+
+def _check_tokens(dataset: Dataset, tokens: int, dims: int) -> None:
+    """Refuses statistics of fewer tokens than dims: what they leave out cannot be coded at all."""
+    if not tokens:
+        raise CalibrationDataError(
+            f"'{dataset.path}' holds no text of two tokens or more and no chat. Give more."
+        )
+    if tokens < dims:
+        raise CalibrationDataError(
+            f"calibration saw {tokens} tokens, fewer than the {dims} dims of a head group, and "
+            "knows nothing of most of them. Give more data (a few ten thousand tokens are a "
+            "start), raise --max-tokens, or lower --group-size."
+        )
+    if tokens < _TOKENS_PER_DIM * dims:
+        logger.warning(
+            "Only %d tokens were seen, for bases of %d dims: what is served will lose more than "
+            "it need. Give at least %d tokens, better ten times as many.",
+            tokens,
+            dims,
+            _TOKENS_PER_DIM * dims,
+        )
 
 
 def _modalities(settings: CalibrateSettings, tokens: int, visual_tokens: int) -> int:

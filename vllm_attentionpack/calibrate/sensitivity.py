@@ -61,7 +61,11 @@ def measure_sensitivity(
         loss[part] = simulator.measure(PartCodec(codec, {part})).mean_kl()
         progress(len(loss) / len(distortion))
     floor = _FLOOR * sum(loss.values()) / len(loss)
-    return {part: (loss[part] + floor) / distortion[part] for part in loss}
+    # Where nothing can be lost (keys that never vary, a layer without output), no price matters.
+    return {
+        part: (loss[part] + floor) / distortion[part] if distortion[part] > 0 else 0.0
+        for part in loss
+    }
 
 
 def predicted_kl(sensitivity: Mapping[Part, float], distortion: Mapping[Part, float]) -> float:

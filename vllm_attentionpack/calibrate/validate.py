@@ -79,9 +79,14 @@ class Validator:
         self._max_kl = max_kl
 
     def marked(self, candidate: Candidate) -> Pack:
-        """The pack with its measured loss in the header, advised exact tokens being exact."""
+        """The pack with its measured loss in the header, advised exact tokens being exact.
+
+        Raises:
+            CalibrationDataError: all held-out tokens are exact.
+        """
         pack, simulator = candidate.pack, self._simulator
         exact = ExactTokens(pack.header.sinks, pack.header.window)
+        simulator.check_codes_are_read(exact)
         scores = simulator.measure(PackCodec.of(simulator.shape, pack, simulator.device, exact))
         figures = scores.figures(self._items, range(len(self._items)))
         validation = Validation(

@@ -29,8 +29,8 @@ class ExactWindowSpec(AttentionSpec):
     Attributes:
         sinks: exact tokens at the start of a request.
         window: exact tokens at its end, the newest included.
-        margin: tokens that the steps under way may add to a request that decodes, rejected drafts
-            included.
+        margin: tokens that have slots behind the processed ones of a request that decodes,
+            rejected drafts included.
     """
 
     sinks: int
@@ -141,8 +141,10 @@ class ExactWindowManager(SingleTypeKVCacheManager):
         there, later ones push out again.
         """
         spec = self.kv_cache_spec
-        end = max(num_tokens, self._prefill_end.get(request_id, 0))
-        recent = max(end - (spec.window - 1) - spec.margin, 0) // self.block_size
+        # The first query to come: of the last `margin` tokens some may be rejected, those of a
+        # prompt stay, and the last of them may be a step of its own.
+        query = max(num_tokens - spec.margin, self._prefill_end.get(request_id, 0) - 1)
+        recent = max(query - (spec.window - 1), 0) // self.block_size
         return [
             index < self._sink_blocks or (spec.window > 1 and index >= recent)
             for index in range(first, -(-num_tokens // self.block_size))

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_attentionpack.errors import UnsupportedModelError
+from vllm_attentionpack.errors import CalibrationDataError, UnsupportedModelError
 from vllm_attentionpack.evaluate.data import ChatItem, Item
 from vllm_attentionpack.evaluate.simulate.codec import (
     CacheShape,
     DenseCodec,
+    ExactTokens,
     SimulatedCodec,
     Tokens,
 )
@@ -122,6 +123,23 @@ class Simulator:
     def measure(self, codec: SimulatedCodec) -> Scores:
         """Scores of every item under `codec`."""
         return self._score(self._hidden(codec))
+
+    def check_codes_are_read(self, exact: ExactTokens) -> None:
+        """Sees to it that some token is read from its code beside `exact` ones.
+
+        Raises:
+            CalibrationDataError: all prompts are exact throughout, and every loss would be nil.
+        """
+        count = exact.sinks + exact.recent
+        # Of a prompt's last token, which is only predicted, nothing is read.
+        if all(prompt.length - 1 <= count for prompt in self.recorded):
+            raise CalibrationDataError(
+                f"the longest of {len(self.recorded)} prompts to measure has "
+                f"{max(prompt.length for prompt in self.recorded)} tokens, all of which stay exact "
+                f"(sinks {exact.sinks}, window {exact.recent}): nothing would be read from codes, "
+                "and no loss seen. Give longer items, or a smaller --window; a fixed --ratio "
+                "without --validate needs no measuring if 'sensitivity' is 'uniform'."
+            )
 
     def dense(self) -> Scores:
         """The same of the dense cache: accuracy, at no divergence."""

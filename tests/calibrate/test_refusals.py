@@ -1,0 +1,34 @@
+"""Statistics that no pack can be made of."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_attentionpack.calibrate.collector import Collector
+from vllm_attentionpack.calibrate.moments import MomentAccumulator
+from vllm_attentionpack.calibrate.run import _check_tokens
+from vllm_attentionpack.errors import CalibrationDataError
+
+HEADS = {"queries": 2, "keys": 1, "values": 1}
+
+
+@pytest.mark.parametrize("broken", ["queries", "keys", "values"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_activations_that_are_no_numbers_are_refused(broken: str, number: float) -> None:
+    """A pack made of them would be written, and refused when it is loaded."""
+    moments = MomentAccumulator(2, 1, 8, 1, None)
+    given = {name: torch.randn(20, heads, 8) for name, heads in HEADS.items()}
+    given[broken][3, 0, 5] = number
+    moments.add(given["queries"], given["keys"], given["values"], None, None)
+    layer = SimpleNamespace(layer_name="layers.7.attn")
+    recorder: Any = SimpleNamespace(layer=layer, moments=moments)
+    with pytest.raises(CalibrationDataError, match=rf"'layers.7.attn' was given {broken} that"):
+        next(Collector([recorder], [], 1).statistics(64, 1, torch.float32))
+
+
+def test_fewer_tokens_than_dims_are_refused() -> None:
+    _check_tokens(128, 128)
+    with pytest.raises(CalibrationDataError, match="saw 127 tokens, fewer than the 128 dims"):
+        _check_tokens(127, 128)
