@@ -32,6 +32,7 @@ setup(
                     "attend.h",
                     "merge.h",
                     "exact.h",
+                    "join.h",
                     "project.h",
                     "store.h",
                     "unpack.h",

@@ -235,3 +235,26 @@ def test_every_number_of_16_bits_is_read_as_it_is(isa, dtype):
         query = torch.zeros(requests, 1, 256, dtype=dtype)
         out, _ = cpu.exact_attention(query, pages, tokens, batch, 1.0)
     assert torch.equal(out[:, 0], values.float())
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dims", [8, 20, 128])
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_compiled_merge_agrees_with_the_reference(isa, dims, count):
+    """Parts of every dtype, not contiguous; some rows see nothing in some parts or in any."""
+    torch.manual_seed(0)
+    dtypes = [torch.bfloat16, torch.float32, torch.float16, torch.float32, torch.float32]
+    parts = []
+    for dtype in dtypes[:count]:
+        lse = torch.randn(3, 37).mul(8).masked_fill(torch.rand(3, 37) < 0.3, float("-inf")).T
+        lse[5] = float("-inf")
+        parts.append((torch.randn(37, 5, dims).to(dtype)[:, 1:4], lse))
+    want = reference.merge_attention(*parts)
+    spoilt = [(out.masked_fill(lse.isneginf()[..., None], torch.nan), lse) for out, lse in parts]
+    for number in (1, 2):
+        with instruction_set(isa), threads(number):
+            assert_close(cpu.merge_attention(*parts), want)
+            assert_close(cpu.merge_attention(*spoilt), want)
+    with instruction_set(isa):
+        out, lse = cpu.merge_attention(parts[0], (parts[1][0], torch.full((37, 3), torch.nan)))
+    assert out.isnan().all() and lse.isnan().all(), "a number that is none is not hidden"

@@ -16,7 +16,6 @@ from vllm_attentionpack.ops.batch import QueryBatch
 from vllm_attentionpack.ops.cpu import library
 from vllm_attentionpack.ops.cpu.plan import CpuPlan, EncodeTables, plan_of
 from vllm_attentionpack.ops.exact import ExactTokens
-from vllm_attentionpack.ops.fresh import merge_attention as merge_attention
 from vllm_attentionpack.ops.reference import reserve as reserve
 
 #: Of the numbers that codes are multiplied with, so that the error stays near that of the model's
@@ -217,6 +216,13 @@ def exact_attention(
     out, lse = library.exact(
         query, pages, tokens.slots, tokens.present, batch.query_start_loc, scale
     )
+    return out, lse
+
+
+def merge_attention(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """See `ops.fresh.merge_attention`."""
+    outs = [out if out.stride(2) == 1 else out.contiguous() for out, _ in parts]
+    out, lse = library.join(outs, [lse for _, lse in parts])
     return out, lse
 
 

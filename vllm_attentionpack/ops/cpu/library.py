@@ -78,8 +78,26 @@ class _Exact(ctypes.Structure):
     )
 
 
-#: `Exact::Type` of csrc/api.h.
-_EXACT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+class _Part(ctypes.Structure):
+    _fields_ = (
+        ("out", _POINTER),
+        *((name, _INT) for name in ("type", "token", "head")),
+        ("lse", _POINTER),
+    )
+
+
+class _Join(ctypes.Structure):
+    _fields_ = (
+        *((name, _INT) for name in ("threads", "tokens", "heads", "head_size", "num_parts")),
+        *((name, _POINTER) for name in ("parts", "out", "lse")),
+    )
+
+
+#: `kMaxParts` of csrc/api.h.
+MAX_PARTS = 8
+
+#: `Number::Type` of csrc/api.h.
+_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
 class _Sizes(ctypes.Structure):
@@ -127,7 +145,7 @@ def _load() -> ctypes.CDLL | str:
     library.ap_kernels.argtypes = (ctypes.c_char_p,)
     library.ap_name.restype = ctypes.c_char_p
     library.ap_name.argtypes = (_POINTER,)
-    for name in ("sizes", "attend", "store", "unpack", "exact"):
+    for name in ("sizes", "attend", "store", "unpack", "exact", "join"):
         run = getattr(library, f"ap_{name}")
         run.restype = None
         run.argtypes = (_POINTER, _POINTER)
@@ -181,6 +199,7 @@ _LIBRARY.define(
     "cpu_exact(Tensor query, Tensor pages, Tensor slots, Tensor present, Tensor query_start_loc, "
     "float scale) -> Tensor[]"
 )
+_LIBRARY.define("cpu_join(Tensor[] outs, Tensor[] lses) -> Tensor[]")
 
 
 def _attend(
@@ -439,7 +458,7 @@ def _exact(
         kv_heads,
         query.shape[1] // kv_heads,
         head_size,
-        _EXACT_TYPES[query.dtype],
+        _TYPES[query.dtype],
         block_size,
         *pages.stride()[:4],
         *query.stride()[:2],
@@ -469,6 +488,42 @@ def _exact_fake(
     ]
 
 
+def _join(outs: list[Tensor], lses: list[Tensor]) -> list[Tensor]:
+    """Attention to disjoint sets of keys from that to each.
+
+    Args:
+        outs: up to `MAX_PARTS` of `[T, H, D]`, heads contiguous; any float.
+        lses: float32 `[T, H]` each.
+
+    Returns:
+        float32 `[T, H, D]` and `[T, H]`.
+    """
+    if len(outs) > MAX_PARTS:
+        raise ValueError(f"{len(outs)} parts to merge; the kernel takes up to {MAX_PARTS}")
+    chosen = kernels()
+    results = _join_fake(outs, lses)
+    lses = [lse.contiguous() for lse in lses]
+    parts = (_Part * len(outs))(
+        *(
+            _Part(out.data_ptr(), _TYPES[out.dtype], *out.stride()[:2], lse.data_ptr())
+            for out, lse in zip(outs, lses, strict=True)
+        )
+    )
+    args = _Join(
+        torch.get_num_threads(),
+        *outs[0].shape,
+        len(outs),
+        ctypes.addressof(parts),
+        *(result.data_ptr() for result in results),
+    )
+    chosen.library.ap_join(chosen.handle, ctypes.addressof(args))
+    return results
+
+
+def _join_fake(outs: list[Tensor], lses: list[Tensor]) -> list[Tensor]:
+    return [outs[0].new_empty(outs[0].shape, dtype=torch.float32), lses[0].new_empty(lses[0].shape)]
+
+
 def _mutates_only(*_: object) -> None:
     return None
 
@@ -478,14 +533,17 @@ _LIBRARY.impl("cpu_store", _store, "CPU")
 _LIBRARY.impl("cpu_project", _project, "CPU")
 _LIBRARY.impl("cpu_unpack", _unpack, "CPU")
 _LIBRARY.impl("cpu_exact", _exact, "CPU")
+_LIBRARY.impl("cpu_join", _join, "CPU")
 torch.library.register_fake("attentionpack::cpu_attend", _attend_fake, lib=_LIBRARY)
 torch.library.register_fake("attentionpack::cpu_store", _mutates_only, lib=_LIBRARY)
 torch.library.register_fake("attentionpack::cpu_project", _mutates_only, lib=_LIBRARY)
 torch.library.register_fake("attentionpack::cpu_unpack", _unpack_fake, lib=_LIBRARY)
 torch.library.register_fake("attentionpack::cpu_exact", _exact_fake, lib=_LIBRARY)
+torch.library.register_fake("attentionpack::cpu_join", _join_fake, lib=_LIBRARY)
 
 attend = torch.ops.attentionpack.cpu_attend.default
 store = torch.ops.attentionpack.cpu_store.default
 project = torch.ops.attentionpack.cpu_project.default
 unpack = torch.ops.attentionpack.cpu_unpack.default
 exact = torch.ops.attentionpack.cpu_exact.default
+join = torch.ops.attentionpack.cpu_join.default

@@ -24,6 +24,11 @@ struct Group {
     Side key, value;
 };
 
+// Types of numbers that come from the model.
+struct Number {
+    enum Type : int64_t { kBFloat16, kFloat16, kFloat32 };
+};
+
 struct Attend {
     int64_t threads, num_requests, num_groups, modalities;
     int64_t heads_per_group;  // KV heads
@@ -79,11 +84,10 @@ struct Unpack {
 
 // Attention of new tokens to exact cached ones. Strides count elements; a head's are adjacent.
 struct Exact {
-    enum Type : int64_t { kBFloat16, kFloat16, kFloat32 };
     int64_t threads, num_requests;
     int64_t most;  // exact tokens of a request, at most
     int64_t kv_heads, repeats, head_size;
-    int64_t type;  // of queries and pages
+    int64_t type;  // `Number::Type` of queries and pages
     int64_t block_size, block_stride, token_stride, side_stride, head_stride;
     int64_t query_token, query_head;
     double scale;
@@ -94,6 +98,22 @@ struct Exact {
     const int32_t* query_start_loc;  // [B + 1]
     float* out;                      // [T, Hq, D]
     float* lse;                      // [T, Hq]
+};
+
+// Attention to disjoint sets of keys from that to each: normalised outputs with natural
+// log-sum-exps [T, H], -infinity where a set is empty. Strides count elements.
+constexpr int64_t kMaxParts = 8;
+
+struct Join {
+    struct Part {
+        const void* out;
+        int64_t type, token, head;
+        const float* lse;
+    };
+    int64_t threads, tokens, heads, head_size, num_parts;
+    const Part* parts;
+    float* out;  // [T, H, D]; zero where all sets are empty
+    float* lse;  // [T, H]
 };
 
 // What `maps.py` needs to know: lanes of a vector, columns of a panel, and the constants above.

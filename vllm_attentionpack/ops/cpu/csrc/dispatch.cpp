@@ -265,6 +265,16 @@ void ap_exact(const void* chosen, const Exact* args) {
     });
 }
 
+void ap_join(const void* chosen, const Join* args) {
+    const Kernels& kernels = *static_cast<const Kernels*>(chosen);
+    constexpr int64_t batch = 64;  // rows per turn
+    const int64_t rows = args->tokens * args->heads;
+    parallel(args->threads, (rows + batch - 1) / batch, [&](int64_t turn) {
+        const int64_t end = std::min(rows, (turn + 1) * batch);
+        for (int64_t row = turn * batch; row < end; ++row) kernels.join(*args, row);
+    });
+}
+
 // `count` products, in one parallel region.
 void ap_project(const void* chosen, const Project* args, int64_t count) {
     const Kernels& kernels = *static_cast<const Kernels*>(chosen);

@@ -15,11 +15,21 @@ namespace {
 // Sixteen bits of bfloat16 or of IEEE half precision as floats.
 AP_INLINE Float widened(Halves bits, int64_t type) {
     const Word word = __builtin_convertvector(bits, Word);
-    if (type == Exact::kBFloat16) return (Float)(word << 16);
+    if (type == Number::kBFloat16) return (Float)(word << 16);
     // The exponent is 112 too small, which a product mends, subnormal numbers included.
     const Float magnitude = (Float)((word & 0x7fff) << 13) * 0x1p112f;
     const Word special = (Word)((word & 0x7c00) == 0x7c00) & 0x7f800000;
     return (Float)((Word)magnitude | special | ((word & 0x8000) << 16));
+}
+
+// `count` numbers of a head from element `at` on, at most a vector of them; the rest is zero.
+AP_INLINE Float head_of(const void* from, int64_t at, int64_t type, int64_t count) {
+    if (type == Number::kFloat32) {
+        const float* row = static_cast<const float*>(from) + at;
+        return count == kLanes ? load<Float>(row) : load_head<Float>(row, int(4 * count));
+    }
+    const uint16_t* row = static_cast<const uint16_t*>(from) + at;
+    return widened(count == kLanes ? load<Halves>(row) : load_head<Halves>(row, int(2 * count)), type);
 }
 
 int64_t padded(int64_t dims) { return (dims + kLanes - 1) / kLanes * kLanes; }
@@ -88,18 +98,8 @@ class ExactAttention {
     // One head of a token, with zeros up to whole vectors.
     void widen(const void* from, int64_t at, float* to) const {
         const int64_t dims = args_.head_size;
-        if (args_.type == Exact::kFloat32) {
-            const float* row = static_cast<const float*>(from) + at;
-            for (int64_t i = 0; i < dims; i += kLanes) store(to + i, part(row, i, dims));
-            return;
-        }
-        const uint16_t* row = static_cast<const uint16_t*>(from) + at;
-        for (int64_t i = 0; i < dims; i += kLanes) {
-            const Halves bits = i + kLanes <= dims
-                                    ? load<Halves>(row + i)
-                                    : load_head<Halves>(row + i, int(2 * (dims - i)));
-            store(to + i, widened(bits, args_.type));
-        }
+        for (int64_t i = 0; i < dims; i += kLanes)
+            store(to + i, head_of(from, at + i, args_.type, std::min<int64_t>(kLanes, dims - i)));
     }
 
     float product(const float* query) const {

@@ -77,6 +77,7 @@ struct Kernels {
     void (*unpack)(const Unpack&, int64_t token);
     void (*exact)(const Exact&, const ExactPiece&, uint8_t* memory);
     int64_t (*exact_memory)(const Exact&, int64_t rows);
+    void (*join)(const Join&, int64_t row);
 };
 
 extern const Kernels kScalarKernels;
