@@ -1,5 +1,6 @@
 """Statistics that no pack can be made of."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,6 @@ def test_activations_that_are_no_numbers_are_refused(broken: str, number: float)
 
 
 def test_fewer_tokens_than_dims_are_refused() -> None:
-    _check_tokens(128, 128)
+    _check_tokens(Path("data.txt"), 128, 128)
     with pytest.raises(CalibrationDataError, match="saw 127 tokens, fewer than the 128 dims"):
-        _check_tokens(127, 128)
+        _check_tokens(Path("data.txt"), 127, 128)

@@ -45,6 +45,7 @@ def stage(pack, names, monkeypatch):
         cache_config=SimpleNamespace(user_specified_block_size=False),
         max_concurrent_batches=1,
         num_speculative_tokens=0,
+        num_lookahead_tokens=0,
     )
     unused = dict.fromkeys(("ops", "ops_name", "fresh_attention", "prefill"))
     state = EngineState(
@@ -55,6 +56,7 @@ def stage(pack, names, monkeypatch):
         num_stages=STAGES,
         device=torch.device("cpu"),
         layers={},
+        max_model_len=1024,
         **unused,
     )
     attention = SimpleNamespace(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_attentionpack import __version__
@@ -133,7 +134,7 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
     finally:
         collector.remove()
     tokens, visual_tokens = collector.tokens, collector.visual_tokens
-    _check_tokens(dataset, tokens, collector.heads_per_group * found.head_size)
+    _check_tokens(dataset.path, tokens, collector.heads_per_group * found.head_size)
     modalities = _modalities(settings, tokens, visual_tokens)
     max_context = settings.max_context or llm.model_config.max_model_len
     logger.info(
@@ -214,11 +215,11 @@ def _fingerprint(llm: Any, collector: "Collector") -> Fingerprint:
     return fingerprint(llm.model_config).model_copy(update={"num_layers": len(collector.recorders)})
 
 
-def _check_tokens(dataset: Dataset, tokens: int, dims: int) -> None:
+def _check_tokens(data: Path, tokens: int, dims: int) -> None:
     """Refuses statistics of fewer tokens than dims: what they leave out cannot be coded at all."""
     if not tokens:
         raise CalibrationDataError(
-            f"'{dataset.path}' holds no text of two tokens or more and no chat. Give more."
+            f"'{data}' holds no text of two tokens or more and no chat. Give more."
         )
     if tokens < dims:
         raise CalibrationDataError(
