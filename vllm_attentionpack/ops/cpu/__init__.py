@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.codec.layout import KINDS
 from vllm_attentionpack.ops.batch import QueryBatch
-from vllm_attentionpack.ops.cpu import library
+from vllm_attentionpack.ops.cpu import calls, library
 from vllm_attentionpack.ops.cpu.plan import CpuPlan, EncodeTables, plan_of
 from vllm_attentionpack.ops.exact import ExactTokens
 from vllm_attentionpack.ops.reference import reserve as reserve
@@ -92,7 +92,7 @@ def store_kv(
         dims = codec.layout.heads_per_group * codec.layout.head_size
         for g, encode in enumerate(plan.encode):
             latent = _encode(flat[:, g * dims : (g + 1) * dims], encode[kind], split)
-            library.store(
+            calls.store(
                 latent,
                 encode[kind].step,
                 encode[kind].weight,
@@ -131,7 +131,7 @@ def decompress(
     for g, bases in enumerate(plan.decode(dtype if bfloat16 else torch.float32)):
         for side, kind in enumerate(KINDS):
             decode, mean = bases[kind]
-            latent, visual = library.unpack(
+            latent, visual = calls.unpack(
                 kv_cache,
                 blocks.int(),
                 plan.table(block_size)[g, side],
@@ -179,7 +179,7 @@ def paged_attention(
 ) -> CpuAttended:
     """See `ops.reference.paged_attention`."""
     plan = _plan(codec, query.dtype)
-    *latent, lse = library.attend(
+    *latent, lse = calls.attend(
         query.latent,
         plan.table(block_size),
         plan.widths,
@@ -213,16 +213,14 @@ def exact_attention(
     """See `ops.exact.exact_attention`."""
     if query.stride(2) != 1:
         query = query.contiguous()
-    out, lse = library.exact(
-        query, pages, tokens.slots, tokens.present, batch.query_start_loc, scale
-    )
+    out, lse = calls.exact(query, pages, tokens.slots, tokens.present, batch.query_start_loc, scale)
     return out, lse
 
 
 def merge_attention(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """See `ops.fresh.merge_attention`."""
     outs = [out if out.stride(2) == 1 else out.contiguous() for out, _ in parts]
-    out, lse = library.join(outs, [lse for _, lse in parts])
+    out, lse = calls.join(outs, [lse for _, lse in parts])
     return out, lse
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vllm_attentionpack.ops.cpu import library
+from vllm_attentionpack.ops.cpu import calls
+from vllm_attentionpack.ops.cpu.library import Kernels
 
 
 class Map(ABC):
@@ -66,7 +67,7 @@ class PackedMap(Map):
         bounds: int64 `[segments + 1]`, the first row of each segment and the end.
     """
 
-    def __init__(self, matrix: Tensor, kernels: library.Kernels, runs: Sequence[int]) -> None:
+    def __init__(self, matrix: Tensor, kernels: Kernels, runs: Sequence[int]) -> None:
         """From float32 `[B, depth, width]`.
 
         `runs`: numbers of rows that are multiplied with numbers of one magnitude, even but for the
@@ -89,7 +90,7 @@ class PackedMap(Map):
     def into(
         self, out: Tensor, x: Tensor, factor: float = 1.0, shift: Tensor | None = None
     ) -> None:
-        library.project([x], shift, [self.matrix], [self.scale], [self.bounds], factor, [out])
+        calls.project([x], shift, [self.matrix], [self.scale], [self.bounds], factor, [out])
 
 
 class MapList:
@@ -104,7 +105,7 @@ class MapList:
 
     def into(self, out: Sequence[Tensor], x: Sequence[Tensor], factor: float = 1.0) -> None:
         if len(self._matrix) == len(self.maps):
-            library.project(x, None, self._matrix, self._scale, self._bounds, factor, out)
+            calls.project(x, None, self._matrix, self._scale, self._bounds, factor, out)
             return
         for each, to, rows in zip(self.maps, out, x, strict=True):
             each.into(to, rows, factor)

@@ -1,0 +1,457 @@
+"""The compiled kernels as PyTorch ops: `attentionpack::cpu_attend` and its siblings."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from vllm_attentionpack.ops.cpu.library import kernels
+
+_INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
+#: int64 numbers of `Side` in csrc/api.h: planes, rank, scales, width and three planes of four.
+SIDE_FIELDS = 16
+
+
+class _Attend(ctypes.Structure):
+    _fields_ = (
+        *((name, _INT) for name in ("threads", "num_requests", "num_groups", "modalities")),
+        *((name, _INT) for name in ("heads_per_group", "repeats", "tokens")),
+        *((name, _INT) for name in ("block_size", "block_bytes", "table_stride")),
+        *((name, _INT) for name in ("causal", "bits")),
+        *((name, _POINTER) for name in ("groups", "cache", "table", "starts", "stops")),
+        *((name, _POINTER) for name in ("query_start_loc", "queries", "outputs", "lse")),
+    )
+
+
+class _Store(ctypes.Structure):
+    _fields_ = (
+        *((name, _INT) for name in ("threads", "tokens", "rank", "block_size", "block_bytes")),
+        ("modalities", _INT),
+        ("side", _INT * SIDE_FIELDS),
+        *((name, _POINTER) for name in ("latent", "step", "weight", "slots", "visual")),
+        ("cache", _POINTER),
+    )
+
+
+class _Project(ctypes.Structure):
+    _fields_ = (
+        *((name, _INT) for name in ("threads", "batch", "tokens", "repeats", "width", "segments")),
+        *((name, _INT) for name in ("x_batch", "x_token", "x_repeat")),
+        *((name, _INT) for name in ("out_batch", "out_token", "out_repeat", "bfloat16")),
+        ("factor", ctypes.c_double),
+        *((name, _POINTER) for name in ("shift", "bounds", "x", "matrix", "scale", "out")),
+    )
+
+
+class _Unpack(ctypes.Structure):
+    _fields_ = (
+        *((name, _INT) for name in ("threads", "tokens", "block_size", "block_bytes", "bfloat16")),
+        ("side", _INT * SIDE_FIELDS),
+        *((name, _POINTER) for name in ("cache", "blocks", "latent", "visual")),
+    )
+
+
+class _Exact(ctypes.Structure):
+    _fields_ = (
+        *((name, _INT) for name in ("threads", "num_requests", "most")),
+        *((name, _INT) for name in ("kv_heads", "repeats", "head_size", "type")),
+        *((name, _INT) for name in ("block_size", "block_stride", "token_stride", "side_stride")),
+        *((name, _INT) for name in ("head_stride", "query_token", "query_head")),
+        ("scale", ctypes.c_double),
+        *((name, _POINTER) for name in ("query", "pages", "slots", "present")),
+        *((name, _POINTER) for name in ("query_start_loc", "out", "lse")),
+    )
+
+
+class _Part(ctypes.Structure):
+    _fields_ = (
+        ("out", _POINTER),
+        *((name, _INT) for name in ("type", "token", "head")),
+        ("lse", _POINTER),
+    )
+
+
+class _Join(ctypes.Structure):
+    _fields_ = (
+        *((name, _INT) for name in ("threads", "tokens", "heads", "head_size", "num_parts")),
+        *((name, _POINTER) for name in ("parts", "out", "lse")),
+    )
+
+
+#: `kMaxParts` of csrc/api.h.
+MAX_PARTS = 8
+
+#: `Number::Type` of csrc/api.h.
+_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
+_LIBRARY = torch.library.Library("attentionpack", "FRAGMENT")
+_LIBRARY.define(
+    "cpu_attend(Tensor[] queries, Tensor layout, int[] widths, Tensor kv_cache, "
+    "Tensor block_table, Tensor? starts, Tensor stops, Tensor query_start_loc, int block_size, "
+    "int modalities, bool causal, int bits) -> Tensor[]"
+)
+_LIBRARY.define(
+    "cpu_store(Tensor latent, Tensor step, Tensor weight, Tensor slots, "
+    "Tensor? visual, Tensor layout, Tensor(a!) kv_cache, int block_size) -> ()"
+)
+_LIBRARY.define(
+    "cpu_project(Tensor[] x, Tensor? shift, Tensor[] matrix, Tensor[] scale, Tensor[] bounds, "
+    "float factor, Tensor(a!)[] out) -> ()"
+)
+_LIBRARY.define(
+    "cpu_unpack(Tensor kv_cache, Tensor blocks, Tensor layout, int rank, int tokens, "
+    "int block_size, bool bfloat16) -> Tensor[]"
+)
+_LIBRARY.define(
+    "cpu_exact(Tensor query, Tensor pages, Tensor slots, Tensor present, Tensor query_start_loc, "
+    "float scale) -> Tensor[]"
+)
+_LIBRARY.define("cpu_join(Tensor[] outs, Tensor[] lses) -> Tensor[]")
+
+
+def _attend(
+    queries: list[Tensor],
+    layout: Tensor,
+    widths: list[int],
+    kv_cache: Tensor,
+    block_table: Tensor,
+    starts: Tensor | None,
+    stops: Tensor,
+    query_start_loc: Tensor,
+    block_size: int,
+    modalities: int,
+    causal: bool,
+    bits: int,
+) -> list[Tensor]:
+    """See `plan.py` for layouts and orders.
+
+    Args:
+        queries: float32 `[G, T, repeats, width of K]` per head group.
+        layout: int64 `[groups, 2, SIDE_FIELDS]`.
+        widths: per head group, floats of one row of the result.
+        kv_cache: uint8 `[num_blocks, block_bytes]`, rows contiguous.
+        block_table: int32 `[B, max_blocks]`.
+        starts: int32 `[B]`, or None for zeros.
+        stops: int32 `[B]`.
+        query_start_loc: int32 `[B + 1]`.
+        bits: of the numbers that codes are multiplied with: 32 for floats, 16, or 8, which goes
+            for codes of 2 bits.
+
+    Returns:
+        float32 `[G, T, repeats, width]` per head group, and last the log-sum-exp `[T, Hq]`.
+    """
+    chosen = kernels()
+    results = _empty_results(queries, widths)
+    table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    heads_per_group, tokens, repeats, _ = queries[0].shape
+    groups = len(queries)
+    pointers = _POINTER * groups
+    stops, query_start_loc = stops.contiguous(), query_start_loc.contiguous()
+    starts = None if starts is None else starts.contiguous()
+    args = _Attend(
+        torch.get_num_threads(),
+        stops.shape[0],
+        groups,
+        modalities,
+        heads_per_group,
+        repeats,
+        tokens,
+        block_size,
+        kv_cache.stride(0),
+        table.stride(0),
+        causal,
+        bits,
+        layout.data_ptr(),
+        kv_cache.data_ptr(),
+        table.data_ptr(),
+        None if starts is None else starts.data_ptr(),
+        stops.data_ptr(),
+        query_start_loc.data_ptr(),
+        ctypes.cast(pointers(*(x.data_ptr() for x in queries)), _POINTER),
+        ctypes.cast(pointers(*(x.data_ptr() for x in results[:-1])), _POINTER),
+        results[-1].data_ptr(),
+    )
+    chosen.library.ap_attend(chosen.handle, ctypes.addressof(args))
+    return results
+
+
+def _empty_results(queries: list[Tensor], widths: list[int]) -> list[Tensor]:
+    heads_per_group, tokens, repeats, _ = queries[0].shape
+    results = [
+        query.new_empty(heads_per_group, tokens, repeats, width)
+        for query, width in zip(queries, widths, strict=True)
+    ]
+    return [*results, queries[0].new_empty(tokens, len(queries) * heads_per_group * repeats)]
+
+
+def _attend_fake(
+    queries: list[Tensor], layout: Tensor, widths: list[int], *_: object
+) -> list[Tensor]:
+    return _empty_results(queries, widths)
+
+
+def _store(
+    latent: Tensor,
+    step: Tensor,
+    weight: Tensor,
+    slots: Tensor,
+    visual: Tensor | None,
+    layout: Tensor,
+    kv_cache: Tensor,
+    block_size: int,
+) -> None:
+    """Quantises latents and writes them into their slots.
+
+    Args:
+        latent: float32 `[T, R]`, `(x - mean) @ encode`.
+        step: float32 `[R]`, as in `PlaneCodec`.
+        weight: float32 `[M, R]`, as in `Basis`.
+        slots: int64 `[T]`; negative for no slot.
+        visual: bool `[T]`, or None for all text.
+        layout: int64 `[SIDE_FIELDS]`.
+        kv_cache: uint8 `[num_blocks, block_bytes]`, rows contiguous; mutated.
+    """
+    chosen = kernels()
+    slots = slots.contiguous()
+    visual = None if visual is None else visual.contiguous()
+    args = _Store(
+        torch.get_num_threads(),
+        latent.shape[0],
+        latent.stride(0),
+        block_size,
+        kv_cache.stride(0),
+        weight.shape[0],
+        (_INT * SIDE_FIELDS)(*layout.tolist()),
+        latent.data_ptr(),
+        step.data_ptr(),
+        weight.data_ptr(),
+        slots.data_ptr(),
+        None if visual is None else visual.data_ptr(),
+        kv_cache.data_ptr(),
+    )
+    chosen.library.ap_store(chosen.handle, ctypes.addressof(args))
+
+
+def _project(
+    x: list[Tensor],
+    shift: Tensor | None,
+    matrix: list[Tensor],
+    scale: list[Tensor],
+    bounds: list[Tensor],
+    factor: float,
+    out: list[Tensor],
+) -> None:
+    """`out[i][b] = factor * (x[i][b] - shift) @ matrix[i][b]`.
+
+    Args:
+        x: bfloat16 or float32 `[B, T, repeats, depth or more]` each, contiguous along a row.
+        shift: float32 `[depth]`, contiguous; None for zero.
+        matrix: int16, with `scale` and `bounds`; see `maps.PackedMap`.
+        scale: float32.
+        bounds: int64.
+        factor: of the result.
+        out: float32 `[B, T, repeats, width]` each, contiguous along a row; mutated.
+    """
+    chosen = kernels()
+    threads, mean = torch.get_num_threads(), None if shift is None else shift.data_ptr()
+    args = (_Project * len(x))(
+        *(
+            _Project(
+                threads,
+                *rows.shape[:3],
+                to.shape[3],
+                ends.shape[0] - 1,
+                *rows.stride()[:3],
+                *to.stride()[:3],
+                rows.dtype == torch.bfloat16,
+                factor,
+                mean,
+                ends.data_ptr(),
+                rows.data_ptr(),
+                steps.data_ptr(),
+                units.data_ptr(),
+                to.data_ptr(),
+            )
+            for rows, steps, units, ends, to in zip(x, matrix, scale, bounds, out, strict=True)
+        )
+    )
+    chosen.library.ap_project(chosen.handle, ctypes.addressof(args), len(x))
+
+
+def _unpack(
+    kv_cache: Tensor,
+    blocks: Tensor,
+    layout: Tensor,
+    rank: int,
+    tokens: int,
+    block_size: int,
+    bfloat16: bool,
+) -> list[Tensor]:
+    """Latents of a request's first tokens, less the mean.
+
+    Args:
+        kv_cache: uint8 `[num_blocks, block_bytes]`, rows contiguous.
+        blocks: int32, those of the request.
+        layout: int64 `[SIDE_FIELDS]`.
+        rank: `R`.
+        tokens: how many.
+        bfloat16: the latents' dtype; else float32.
+
+    Returns:
+        Latents `[tokens, R]` in the order of the codec, and bool `[tokens]`, True for visual ones.
+    """
+    chosen = kernels()
+    results = _unpack_fake(kv_cache, blocks, layout, rank, tokens, block_size, bfloat16)
+    latent, visual = results
+    blocks = blocks.contiguous()
+    args = _Unpack(
+        torch.get_num_threads(),
+        tokens,
+        block_size,
+        kv_cache.stride(0),
+        bfloat16,
+        (_INT * SIDE_FIELDS)(*layout.tolist()),
+        kv_cache.data_ptr(),
+        blocks.data_ptr(),
+        latent.data_ptr(),
+        visual.data_ptr(),
+    )
+    chosen.library.ap_unpack(chosen.handle, ctypes.addressof(args))
+    return results
+
+
+def _unpack_fake(
+    kv_cache: Tensor,
+    blocks: Tensor,
+    layout: Tensor,
+    rank: int,
+    tokens: int,
+    block_size: int,
+    bfloat16: bool,
+) -> list[Tensor]:
+    latent = kv_cache.new_empty(tokens, rank, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+    return [latent, kv_cache.new_empty(tokens, dtype=torch.bool)]
+
+
+def _exact(
+    query: Tensor,
+    pages: Tensor,
+    slots: Tensor,
+    present: Tensor,
+    query_start_loc: Tensor,
+    scale: float,
+) -> list[Tensor]:
+    """Attention to exact cached tokens.
+
+    Args:
+        query: `[T, Hq, D]`, heads contiguous.
+        pages: `[num_blocks, S, 2, Hk, D]` of the same dtype, heads contiguous.
+        slots: int64 `[B, n]`.
+        present: bool `[B, n]`.
+        query_start_loc: int32 `[B + 1]`.
+
+    Returns:
+        float32 `[T, Hq, D]` and the log-sum-exp `[T, Hq]`.
+    """
+    chosen = kernels()
+    results = _exact_fake(query, pages, slots, present, query_start_loc, scale)
+    slots, present = slots.contiguous(), present.contiguous()
+    query_start_loc = query_start_loc.contiguous()
+    _, block_size, _, kv_heads, head_size = pages.shape
+    args = _Exact(
+        torch.get_num_threads(),
+        slots.shape[0],
+        slots.shape[1],
+        kv_heads,
+        query.shape[1] // kv_heads,
+        head_size,
+        _TYPES[query.dtype],
+        block_size,
+        *pages.stride()[:4],
+        *query.stride()[:2],
+        scale,
+        query.data_ptr(),
+        pages.data_ptr(),
+        slots.data_ptr(),
+        present.data_ptr(),
+        query_start_loc.data_ptr(),
+        *(result.data_ptr() for result in results),
+    )
+    chosen.library.ap_exact(chosen.handle, ctypes.addressof(args))
+    return results
+
+
+def _exact_fake(
+    query: Tensor,
+    pages: Tensor,
+    slots: Tensor,
+    present: Tensor,
+    query_start_loc: Tensor,
+    scale: float,
+) -> list[Tensor]:
+    return [
+        query.new_empty(query.shape, dtype=torch.float32),
+        query.new_empty(query.shape[:2], dtype=torch.float32),
+    ]
+
+
+def _join(outs: list[Tensor], lses: list[Tensor]) -> list[Tensor]:
+    """Attention to disjoint sets of keys from that to each.
+
+    Args:
+        outs: up to `MAX_PARTS` of `[T, H, D]`, heads contiguous; any float.
+        lses: float32 `[T, H]` each.
+
+    Returns:
+        float32 `[T, H, D]` and `[T, H]`.
+    """
+    if len(outs) > MAX_PARTS:
+        raise ValueError(f"{len(outs)} parts to merge; the kernel takes up to {MAX_PARTS}")
+    chosen = kernels()
+    results = _join_fake(outs, lses)
+    lses = [lse.contiguous() for lse in lses]
+    parts = (_Part * len(outs))(
+        *(
+            _Part(out.data_ptr(), _TYPES[out.dtype], *out.stride()[:2], lse.data_ptr())
+            for out, lse in zip(outs, lses, strict=True)
+        )
+    )
+    args = _Join(
+        torch.get_num_threads(),
+        *outs[0].shape,
+        len(outs),
+        ctypes.addressof(parts),
+        *(result.data_ptr() for result in results),
+    )
+    chosen.library.ap_join(chosen.handle, ctypes.addressof(args))
+    return results
+
+
+def _join_fake(outs: list[Tensor], lses: list[Tensor]) -> list[Tensor]:
+    return [outs[0].new_empty(outs[0].shape, dtype=torch.float32), lses[0].new_empty(lses[0].shape)]
+
+
+def _mutates_only(*_: object) -> None:
+    return None
+
+
+_LIBRARY.impl("cpu_attend", _attend, "CPU")
+_LIBRARY.impl("cpu_store", _store, "CPU")
+_LIBRARY.impl("cpu_project", _project, "CPU")
+_LIBRARY.impl("cpu_unpack", _unpack, "CPU")
+_LIBRARY.impl("cpu_exact", _exact, "CPU")
+_LIBRARY.impl("cpu_join", _join, "CPU")
+torch.library.register_fake("attentionpack::cpu_attend", _attend_fake, lib=_LIBRARY)
+torch.library.register_fake("attentionpack::cpu_store", _mutates_only, lib=_LIBRARY)
+torch.library.register_fake("attentionpack::cpu_project", _mutates_only, lib=_LIBRARY)
+torch.library.register_fake("attentionpack::cpu_unpack", _unpack_fake, lib=_LIBRARY)
+torch.library.register_fake("attentionpack::cpu_exact", _exact_fake, lib=_LIBRARY)
+torch.library.register_fake("attentionpack::cpu_join", _join_fake, lib=_LIBRARY)
+
+attend = torch.ops.attentionpack.cpu_attend.default
+store = torch.ops.attentionpack.cpu_store.default
+project = torch.ops.attentionpack.cpu_project.default
+unpack = torch.ops.attentionpack.cpu_unpack.default
+exact = torch.ops.attentionpack.cpu_exact.default
+join = torch.ops.attentionpack.cpu_join.default
