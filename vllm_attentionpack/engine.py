@@ -46,7 +46,9 @@ def start(arguments: Mapping[str, Any]) -> "LLM":
     model = arguments["model"]
     if model.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(model)):
         raise ConfigError(f"no model at '{model}'. Give the folder of a model, or its name.")
-    if arguments.get("attention_backend") in plugin.BACKENDS and plugin.disabled():
+    per_kind = arguments.get("attention_config", {}).get("backend_per_kind", {})
+    backends = {arguments.get("attention_backend"), *per_kind.values()}
+    if backends & set(plugin.BACKENDS) and plugin.disabled():
         raise ConfigError(f"{DISABLE_VARIABLE} is 1, which turns this package off. Unset it.")
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs

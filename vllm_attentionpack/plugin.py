@@ -19,6 +19,9 @@ BACKEND = "ATTENTIONPACK"
 #: Calibration: the platform's default backend plus gathering of statistics.
 STATISTICS_BACKEND = "ATTENTIONPACK_STATS"
 
+#: vLLM's name for the layers that can be compacted, where backends are chosen by kind.
+FULL_ATTENTION = "full_attention"
+
 #: Enum member -> class path of every backend that we register.
 BACKENDS = {
     BACKEND: "vllm_attentionpack.attention.backend.AttentionPackBackend",

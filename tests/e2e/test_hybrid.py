@@ -3,17 +3,20 @@
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from tests.support.cases import random_codec
 from tests.support.engines import TOKEN_IDS_ONLY, Engine, compacted
-from tests.support.models import forced, random_prompts, save_text_model
+from tests.support.models import TOKENIZER, forced, random_prompts, save_text_model
 from tests.support.outputs import agreement, prompt_logprobs
 from tests.support.packs import identity_pack, pack_of
 from vllm_attentionpack import plugin
 from vllm_attentionpack.attention.fingerprint import fingerprint
+from vllm_attentionpack.calibrate.run import calibrate
 from vllm_attentionpack.codec.layout import PlaneCounts
 from vllm_attentionpack.compat.selection import PER_KIND_OPTION
 from vllm_attentionpack.errors import UnsupportedModelError
+from vllm_attentionpack.evaluate.run import evaluate
 from vllm_attentionpack.packfile import save_pack
 
 pytestmark = pytest.mark.engine
@@ -156,3 +159,31 @@ def test_prefix_hits_end_where_both_kinds_have_a_block(engines, model, packs, pr
     assert [output.num_cached_tokens for output in second] == [0, 0, 0, 7 * BLOCK]
     found = agreement(first, second)
     assert found.agreed == found.tokens and found.noise < 1e-3
+
+
+def test_calibration_and_evaluation_take_its_full_layers(engines, tmp_path):
+    """From the model to the figures, by the package's own tools."""
+    engines.close()
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    model = save_text_model(
+        tmp_path / "model",
+        "gemma3_text",
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=WINDOW,
+        num_key_value_heads=HEADS,
+        head_dim=HEAD_SIZE,
+        query_pre_attn_scalar=HEAD_SIZE,
+        vocab_size=len(tokenizer),
+    )
+    tokenizer.save_pretrained(model)
+    data = tmp_path / "texts.txt"
+    data.write_text("\n\n".join(f"{i} is a number, {i * i} is its square." * 12 for i in range(9)))
+    target = tmp_path / "pack.safetensors"
+    options = {"dtype": "float32", "max_model_len": 1024}
+    pack = calibrate(str(model), data, 4.0, target, window=16, sinks=0, **options)
+    assert [layer.name.split(".")[2] for layer in pack.header.layers] == ["1", "3"]
+    found = evaluate(str(model), target, data, options)
+    # two of four layers are stored at a quarter of their bytes; vLLM counts tokens of all layers
+    assert found.kv_tokens["packed"] > found.kv_tokens["dense"] / 2
+    assert 0 < found.overall.kl < 0.1

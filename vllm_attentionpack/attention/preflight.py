@@ -16,13 +16,12 @@ from vllm_attentionpack.config import serve_config
 from vllm_attentionpack.errors import ConfigError, UnsupportedModelError
 from vllm_attentionpack.packfile import PackHeader, read_header
 from vllm_attentionpack.packfile.shard import check_shardable
-from vllm_attentionpack.plugin import BACKEND
+from vllm_attentionpack.plugin import BACKEND, FULL_ATTENTION
 
 logger = logging.getLogger("vllm.attentionpack")
 
 _SLIDING, _CHUNKED = "sliding_attention", "chunked_attention"
 _SLIDING_KIND = "sliding_window"
-_FULL_KIND = "full_attention"
 #: The op that calls `AttentionPackImpl.do_kv_cache_update`.
 _CACHE_UPDATE = "vllm::unified_kv_cache_update"
 
@@ -108,7 +107,7 @@ def check_selection(vllm_config: Any) -> None:
     """Raises `ConfigError` where the backend is selected for none or for the wrong layers."""
     attention = vllm_config.attention_config
     kinds = attention.backend_per_kind
-    if not _is_ours(kinds.get(_FULL_KIND, attention.backend)):
+    if not _is_ours(kinds.get(FULL_ATTENTION, attention.backend)):
         chosen = ", ".join(f"{kind}: {backend.name}" for kind, backend in kinds.items())
         raise ConfigError(
             f"backend_per_kind ({chosen}) selects {BACKEND} for layers that it cannot serve and "
@@ -119,7 +118,7 @@ def check_selection(vllm_config: Any) -> None:
     if drafter is None or not drafter.uses_draft_kv_cache():
         return
     # vLLM hands backend_per_kind on to the drafter, but not --attention-backend.
-    if _is_ours(kinds.get(_FULL_KIND, drafter.attention_backend)):
+    if _is_ours(kinds.get(FULL_ATTENTION, drafter.attention_backend)):
         raise ConfigError(
             f"{BACKEND} is selected for the layers that draft, too (speculative method "
             f"'{drafter.method}'), for which the pack has no codecs; they need a dense cache. "

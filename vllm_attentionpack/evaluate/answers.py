@@ -76,7 +76,12 @@ def run_engine(
     plugin.register()
     arguments = engine_arguments(model, {"max_logprobs": -1, **engine_args})
     if pack is not None:
-        arguments["attention_backend"] = plugin.BACKEND
+        # By kind, since a pack of a model that mixes in sliding windows leaves those layers dense.
+        kinds = {plugin.FULL_ATTENTION: plugin.BACKEND}
+        arguments["attention_config"] = {
+            **arguments.get("attention_config", {}),
+            "backend_per_kind": kinds,
+        }
         arguments["additional_config"] = {
             SECTION: {"pack": str(pack), "exact_prefill": False},
         }
