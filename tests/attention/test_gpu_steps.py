@@ -17,7 +17,7 @@ from vllm_attentionpack.attention.impl import AttentionPackImpl
 from vllm_attentionpack.attention.metadata import AttentionPackMetadataBuilder
 from vllm_attentionpack.attention.state import EngineState
 from vllm_attentionpack.bench import compile_table
-from vllm_attentionpack.bench.compile_table import recording
+from vllm_attentionpack.bench.compile_table import recording, variant_key
 from vllm_attentionpack.bench.shapes import LayerShape
 from vllm_attentionpack.ops import fresh_gpu
 from vllm_attentionpack.ops import triton as kernels
@@ -27,6 +27,7 @@ from vllm_attentionpack.ops.triton.chip import Chip
 META, CPU = torch.device("meta"), torch.device("cpu")
 LAYER = LayerShape(8, 4, 64, 2, 4)
 LONGEST, MOST_REQUESTS, BLOCK_SIZE = 4096, 8, 32
+BLOCKS = LONGEST // BLOCK_SIZE
 
 
 def builder(device):
@@ -50,7 +51,7 @@ def common(device, query_lens, seq_lens):
         num_actual_tokens=tokens,
         max_query_len=max(query_lens),
         max_seq_len=max(seq_lens),
-        block_table_tensor=torch.zeros(requests, 200, dtype=torch.int32, device=device),
+        block_table_tensor=torch.zeros(requests, BLOCKS, dtype=torch.int32, device=device),
         slot_mapping=torch.zeros(tokens, dtype=torch.int64, device=device),
         seq_lens_cpu_upper_bound=lens,
     )
@@ -132,6 +133,37 @@ def test_a_layer_waits_for_nothing_and_launches_alike_for_every_context(
         seen.append([(launch.kernel, launch.grid, launch.options) for launch in launched])
     # encoding, absorb, attend, merge of splits, up-project, exact tokens, merge of parts
     assert seen[0] == seen[1] and len(seen[0]) == 6 + exact
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("tokens", [1, 40, 3000])
+def test_what_a_step_launches_is_compiled_before(tokens, exact, monkeypatch):
+    """A chunk that finds a context would wait for the compiler, which takes seconds a kernel."""
+    codec = LAYER.codec(META)
+    kept = (4, 64, 8) if exact else None
+    with recording(Chip(132, 227 * 1024, 9)) as early:
+        kernels.warm_up(LAYER.query_heads, torch.bfloat16, codec, BLOCK_SIZE, LONGEST, kept)
+    impl = layer_impl(codec, single if tokens == 1 else fresh_gpu.sdpa)
+    layer = SimpleNamespace(layer_name="layer")
+    impl.state.has_exact_cache, impl.state.exact_layers = exact, {"layer": ExactLayer()}
+    query, key, value = (
+        torch.empty(tokens, heads, 64, dtype=torch.bfloat16, device=META) for heads in (8, 4, 4)
+    )
+    width = codec.layout.bytes_per_token
+    cache = torch.empty(40, 1, BLOCK_SIZE, width, dtype=torch.uint8, device=META)
+    step = common(META, [tokens], [LONGEST])
+    context = SimpleNamespace(
+        slot_mapping={"exact": step.slot_mapping},
+        attn_metadata={"exact": SimpleNamespace(tokens=ExactTokens.empty(1, 4, 64, META))},
+    )
+    monkeypatch.setattr(impl_module, "get_forward_context", lambda: context)
+    metadata = builder(META).build(0, step)
+    with recording(Chip(132, 227 * 1024, 9)) as launched:
+        impl.do_kv_cache_update(layer, key, value, cache, metadata.slot_mapping)
+        impl.forward(layer, query, key, value, cache, metadata, torch.empty_like(query))
+    compiled = {variant_key(launch, 90) for launch in early}
+    late = [x.kernel.__name__ for x in launched if variant_key(x, 90) not in compiled]
+    assert not late
 
 
 def test_a_profiling_run_takes_the_memory_of_a_step():

@@ -62,6 +62,7 @@ class AttentionPackMetadataBuilder(AttentionMetadataBuilder[AttentionPackMetadat
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         state: EngineState = next(iter(layers.values())).impl.state
         state.report(kv_cache_spec, vllm_config)
+        state.warm_up(layers, kv_cache_spec, vllm_config)
         self.dense_prefill = _dense_prefill(state, [layer.impl for layer in layers.values()])
         # A captured graph reads the address that it saw at capture: one buffer for all steps.
         self.context_lens = torch.zeros(

@@ -1,6 +1,8 @@
 """What the layers of one engine share: configuration and pack, loaded once per worker process."""
 
 import logging
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +54,7 @@ class EngineState:
         layers: vLLM's attention layers by name, for a model and its drafter.
         codecs: handed to layers so far, by layer name.
         exact_layers: the companions of compacted layers, by the names of the latter.
+        warm: layouts and block sizes whose kernels are compiled.
         geometry: the pages, where there is an exact cache; None before the first layer asked.
     """
 
@@ -71,6 +74,7 @@ class EngineState:
     exact_layers: "dict[str, ExactWindowLayer]" = field(default_factory=dict)
     geometry: PageGeometry | None = None
     reported: bool = False
+    warm: set[tuple[LayerLayout, int]] = field(default_factory=set)
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> "EngineState":
@@ -234,6 +238,30 @@ class EngineState:
     def largest_bytes_per_token(self) -> int:
         """Of all layers; ranks agree."""
         return max(layout.bytes_per_token for layout in self.layouts)
+
+    def warm_up(
+        self, layers: Mapping[str, Attention], spec: AttentionSpec, vllm_config: VllmConfig
+    ) -> None:
+        """Compiles the kernels of layers that have pages of `spec`, for each layout once."""
+        model, block_size, exact = vllm_config.model_config, spec.block_size, None
+        if self.geometry is not None:
+            exact = self.sinks, self.window, self.geometry.exact_block_size
+        for name, layer in layers.items():
+            codec = self.codec(name)
+            if (codec.layout, block_size) in self.warm:
+                continue
+            self.warm.add((codec.layout, block_size))
+            start = time.monotonic()
+            self.ops.warm_up(
+                layer.num_heads, model.dtype, codec, block_size, model.max_model_len, exact
+            )
+            if (seconds := time.monotonic() - start) > 1:
+                logger.info(
+                    "AttentionPack: compiled the kernels of layers like '%s' in %.0f s; the next "
+                    "start finds them in Triton's cache",
+                    name,
+                    seconds,
+                )
 
     def report(self, spec: AttentionSpec, vllm_config: VllmConfig) -> None:
         """Logs once what the cache of this worker holds; `spec` is that of one compacted layer.

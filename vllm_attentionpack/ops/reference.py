@@ -68,6 +68,26 @@ def reserve(tokens: int, query_heads: int, codec: LayerCodec) -> None:
     """
 
 
+def warm_up(
+    query_heads: int,
+    dtype: torch.dtype,
+    codec: LayerCodec,
+    block_size: int,
+    max_seq_len: int,
+    exact: tuple[int, int, int] | None,
+) -> None:
+    """Compiles what would otherwise be compiled while the first requests wait.
+
+    Args:
+        query_heads: of the layer, on this rank.
+        dtype: of the model.
+        codec: of the layer.
+        block_size: `S`.
+        max_seq_len: the longest request.
+        exact: sinks, window and block size of the exact cache; None without one.
+    """
+
+
 def store_kv(
     key: Tensor,
     value: Tensor,

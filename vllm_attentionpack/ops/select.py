@@ -29,6 +29,16 @@ class Ops(Protocol):
 
     def reserve(self, tokens: int, query_heads: int, codec: LayerCodec) -> None: ...
 
+    def warm_up(
+        self,
+        query_heads: int,
+        dtype: torch.dtype,
+        codec: LayerCodec,
+        block_size: int,
+        max_seq_len: int,
+        exact: tuple[int, int, int] | None,
+    ) -> None: ...
+
     def store_kv(
         self,
         key: Tensor,

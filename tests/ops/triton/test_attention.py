@@ -9,7 +9,7 @@ from vllm_attentionpack.codec.layout import GroupLayout, LayerLayout, PlaneCount
 from vllm_attentionpack.ops import reference
 from vllm_attentionpack.ops import triton as kernels
 from vllm_attentionpack.ops.batch import QueryBatch
-from vllm_attentionpack.ops.triton import launch, prepared
+from vllm_attentionpack.ops.triton import launch, prepared, warmup
 from vllm_attentionpack.ops.triton.chip import Chip
 
 CONTEXTS = [0, 1, 17, 140, 0]
@@ -212,3 +212,8 @@ def test_blocks_beyond_two_gigabytes():
     case.kv_cache, case.block_table = far, case.block_table + first
     for a, b in zip(near, attend_codes(kernels, codec, case, case.seq_lens, True), strict=True):
         assert torch.equal(a, b)
+
+
+def test_warming_up_is_a_step_of_nothing(monkeypatch):
+    monkeypatch.setattr(warmup, "_NEW_TOKENS", (1, 20))
+    kernels.warm_up(2, torch.float16, random_codec(1, 1, 32, 2), 16, 5, (4, 4, 8))

@@ -17,6 +17,7 @@ from vllm_attentionpack.ops.cpu import calls, library
 from vllm_attentionpack.ops.cpu.plan import CpuPlan, EncodeTables, plan_of
 from vllm_attentionpack.ops.exact import ExactTokens
 from vllm_attentionpack.ops.reference import reserve as reserve
+from vllm_attentionpack.ops.reference import warm_up as warm_up
 
 #: Of the numbers that codes are multiplied with, so that the error stays near that of the model's
 #: own dtype: floats, 16-bit integers, or 8-bit ones for the codes of 2 bits and 16-bit ones else.

@@ -20,6 +20,7 @@ from vllm_attentionpack.ops.triton.ops import (
     unavailable,
     up_project,
 )
+from vllm_attentionpack.ops.triton.warmup import warm_up
 
 __all__ = [
     "PackedLatent",
@@ -33,4 +34,5 @@ __all__ = [
     "store_kv",
     "unavailable",
     "up_project",
+    "warm_up",
 ]
