@@ -24,6 +24,14 @@ pytestmark = pytest.mark.engine
 WINDOW = 32
 BLOCK = 32
 HEADS, HEAD_SIZE = 2, 64
+MIXED = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": WINDOW,
+    "num_key_value_heads": HEADS,
+    "head_dim": HEAD_SIZE,
+    "query_pre_attn_scalar": HEAD_SIZE,
+}
 #: Every dim at 4 bits, both heads joint: 130 bytes per token instead of 512.
 FOUR_BITS = PlaneCounts(n4=HEADS * HEAD_SIZE)
 NEW_TOKENS = 16
@@ -32,16 +40,7 @@ ARGUMENTS = {"dtype": "float32", "block_size": BLOCK, **TOKEN_IDS_ONLY}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return save_text_model(
-        tmp_path_factory.mktemp("gemma3"),
-        "gemma3_text",
-        num_hidden_layers=4,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        sliding_window=WINDOW,
-        num_key_value_heads=HEADS,
-        head_dim=HEAD_SIZE,
-        query_pre_attn_scalar=HEAD_SIZE,
-    )
+    return save_text_model(tmp_path_factory.mktemp("gemma3"), "gemma3_text", **MIXED)
 
 
 @pytest.fixture(scope="module")
@@ -165,17 +164,7 @@ def test_calibration_and_evaluation_take_its_full_layers(engines, tmp_path):
     """From the model to the figures, by the package's own tools."""
     engines.close()
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    model = save_text_model(
-        tmp_path / "model",
-        "gemma3_text",
-        num_hidden_layers=4,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        sliding_window=WINDOW,
-        num_key_value_heads=HEADS,
-        head_dim=HEAD_SIZE,
-        query_pre_attn_scalar=HEAD_SIZE,
-        vocab_size=len(tokenizer),
-    )
+    model = save_text_model(tmp_path / "model", "gemma3_text", vocab_size=len(tokenizer), **MIXED)
     tokenizer.save_pretrained(model)
     data = tmp_path / "texts.txt"
     data.write_text("\n\n".join(f"{i} is a number, {i * i} is its square." * 12 for i in range(9)))
