@@ -243,7 +243,7 @@ class EngineState:
         self, layers: Mapping[str, Attention], spec: AttentionSpec, vllm_config: VllmConfig
     ) -> None:
         """Compiles the kernels of layers that have pages of `spec`, for each layout once."""
-        model, block_size, exact = vllm_config.model_config, spec.block_size, None
+        dtype, block_size, exact = vllm_config.model_config.dtype, spec.block_size, None
         if self.geometry is not None:
             exact = self.sinks, self.window, self.geometry.exact_block_size
         for name, layer in layers.items():
@@ -252,9 +252,7 @@ class EngineState:
                 continue
             self.warm.add((codec.layout, block_size))
             start = time.monotonic()
-            self.ops.warm_up(
-                layer.num_heads, model.dtype, codec, block_size, model.max_model_len, exact
-            )
+            self.ops.warm_up(layer.num_heads, dtype, codec, block_size, self.max_model_len, exact)
             if (seconds := time.monotonic() - start) > 1:
                 logger.info(
                     "AttentionPack: compiled the kernels of layers like '%s' in %.0f s; the next "
