@@ -60,6 +60,7 @@ def test_a_checkout_that_is_not_installed_is_found_as_a_plugin(tmp_path, monkeyp
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("no_engine")
 def test_a_tiny_engine_is_measured_from_start_to_end():
     found = run_engine(TINY, ENGINES["ATTENTIONPACK"])
     assert found["ttft_seconds"] > 0 and found["decode_tokens_per_second"] > 0
@@ -70,6 +71,7 @@ def test_a_tiny_engine_is_measured_from_start_to_end():
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("no_engine")
 def test_what_exact_tokens_take_is_not_capacity():
     """Requests of 84 tokens, most of them exact: they take more than they would densely."""
     (engine,) = (name for name in ENGINES if name.endswith("exact"))

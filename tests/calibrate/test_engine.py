@@ -14,7 +14,7 @@ from vllm_attentionpack.calibrate.run import calibrate
 from vllm_attentionpack.errors import BudgetError, CalibrationDataError, ConfigError
 from vllm_attentionpack.packfile import load_pack
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("no_engine")]
 
 ROOT = Path(__file__).parents[2]
 VLM = ROOT / "examples/reference-vlm"

@@ -111,6 +111,7 @@ def test_validation_survives_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("no_engine")
 def test_the_command_marks_a_pack_that_loses_too_much(tmp_path: Path) -> None:
     path = tmp_path / "12x.pack.safetensors"
     command = [sys.executable, "-m", "vllm_attentionpack.cli", "calibrate", str(MODEL)]

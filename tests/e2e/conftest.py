@@ -1,12 +1,10 @@
 """The dense engine's answers, packs of the reference VLM, and one engine at a time."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.support.engines import Engine, Engines, compacted
 from tests.support.packs import identity_pack
@@ -16,15 +14,6 @@ from vllm_attentionpack.packfile import Fingerprint, save_pack
 #: Every second held-out question: all kinds are among them.
 STRIDE = 2
 MAX_ANSWER_TOKENS = 24
-
-
-@pytest.fixture(scope="session")
-def engines() -> Iterator[Engines]:
-    # One thread: on a shared machine a second one spends its time waiting for the first.
-    torch.set_num_threads(1)
-    pool = Engines()
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from vllm_attentionpack.evaluate.simulate.codec import CacheShape, DenseCodec, P
 from vllm_attentionpack.evaluate.simulate.measure import Simulator, grouped
 from vllm_attentionpack.packfile import load_pack
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("no_engine")]
 
 ENGINE = {"dtype": "float32", "max_model_len": 1024}
 ITEMS = 24
@@ -35,11 +35,10 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(pack: Path) -> list[np.ndarray]:
+def served(engines: Engines, pack: Path) -> list[np.ndarray]:
     """Log-probabilities of the scored tokens when the real backend reads everything from codes."""
     from vllm import SamplingParams
 
-    engines = Engines()
     try:
         engine = engines.get(
             MODEL, **ENGINE, **compacted(pack, exact_prefill=False, sinks=0, window=0)

@@ -1,0 +1,23 @@
+"""One vLLM engine at a time, whichever tests share a process."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.support.engines import Engines
+
+
+@pytest.fixture(scope="session")
+def engines() -> Iterator[Engines]:
+    # One thread: on a shared machine a second one spends its time waiting for the first.
+    torch.set_num_threads(1)
+    pool = Engines()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def no_engine(engines: Engines) -> None:
+    """For tests that start engines of their own: what vLLM keeps per process is free for them."""
+    engines.close()
