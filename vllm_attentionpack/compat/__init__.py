@@ -3,12 +3,13 @@
 Each module states symptom, cause, and when to remove it. All of them pass through untouched when
 neither of our backends is selected, and step aside where the installed vLLM needs no help.
 
-    selection    CPU honours a selected backend; refusals become one clear message
-    layer_spec   bytes per token that differ between layers
-    modality     which tokens of a step are visual
-    engine_args  the start-up check in the main process
-    pickling     a spawned process can read a configuration that selects our backends
-    features     what the installed vLLM must offer
+    selection       CPU honours a selected backend; refusals become one clear message
+    layer_spec      bytes per token that differ between layers
+    modality        which tokens of a step are visual
+    rope_positions  rotary positions of a step's requests
+    engine_args     the start-up check in the main process
+    pickling        a spawned process can read a configuration that selects our backends
+    features        what the installed vLLM must offer
 """
 
 from vllm_attentionpack.compat import engine_args, pickling, selection
@@ -18,12 +19,14 @@ from vllm_attentionpack.compat.features import (
     version_message,
 )
 from vllm_attentionpack.compat.modality import modality_mask
+from vllm_attentionpack.compat.rope_positions import positions_every
 
 __all__ = [
     "check_features",
     "install",
     "missing_to_register",
     "modality_mask",
+    "positions_every",
     "version_message",
 ]
 
