@@ -11,7 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from vllm_attentionpack import __version__
-from vllm_attentionpack.calibrate.settings import DEFAULT_SINKS, DEFAULT_WINDOW
+from vllm_attentionpack.calibrate.settings import (
+    DEFAULT_ANCHOR_SPAN,
+    DEFAULT_SINKS,
+    DEFAULT_WINDOW,
+)
 from vllm_attentionpack.errors import AttentionPackError, ConfigError
 
 #: Exit code of a calibration whose pack was written but lost more than it may.
@@ -86,6 +90,13 @@ def calibrate(
             show_default="the engine's max_model_len", help="Longest context to be served."
         ),
     ] = None,
+    anchor_span: Annotated[
+        int | None,
+        typer.Option(
+            show_default=str(DEFAULT_ANCHOR_SPAN),
+            help="Tokens whose keys are coded relative to the first of them; 0 for as they come.",
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(show_default="0", help="Order of the data.")] = None,
     modalities: Annotated[
         str | None,
@@ -140,6 +151,7 @@ def calibrate(
         group_size=_number(group_size),
         max_tokens=max_tokens,
         max_context=max_context,
+        anchor_span=anchor_span,
         seed=seed,
         modalities=_number(modalities),
         sinks=sinks,
@@ -289,6 +301,9 @@ def bench_engine(
     window: Annotated[
         int, typer.Option(min=0, help="Last tokens that stay exact.")
     ] = DEFAULT_WINDOW,
+    anchor_span: Annotated[
+        int, typer.Option(min=0, help="Tokens whose keys share an anchor; 0 for none.")
+    ] = DEFAULT_ANCHOR_SPAN,
 ) -> None:
     """vLLM from end to end, dense and compacted, on a model with random weights."""
     _check_device(device)
@@ -305,6 +320,7 @@ def bench_engine(
         group=group,
         sinks=sinks,
         window=window,
+        anchor_span=anchor_span,
     )
     print_engine(setup, json)
 

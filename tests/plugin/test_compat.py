@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vllm_attentionpack import compat
-from vllm_attentionpack.compat import features, layer_spec, modality, selection
+from vllm_attentionpack.compat import features, layer_spec, modality, rope_positions, selection
 from vllm_attentionpack.compat.wrap import wrap_method
 from vllm_attentionpack.errors import UnsupportedModelError, UnsupportedVersionError
 from vllm_attentionpack.plugin import BACKEND, STATISTICS_BACKEND, register
@@ -103,6 +103,7 @@ def test_other_selections_are_the_platforms_business(name, on_cpu, monkeypatch):
     monkeypatch.setattr(selection, "check_features", lambda: pytest.fail("probed in vain"))
     monkeypatch.setattr(layer_spec, "install", lambda: pytest.fail("hooked in vain"))
     monkeypatch.setattr(modality, "install", lambda: pytest.fail("hooked in vain"))
+    monkeypatch.setattr(rope_positions, "install", lambda: pytest.fail("hooked in vain"))
     assert choose(name) == DEFAULT
     assert choose(name, has_sliding_window=True, has_sink=True) == DEFAULT
 

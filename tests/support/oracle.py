@@ -28,6 +28,7 @@ def attend(
     ranges: list[tuple[int, int]] | None = None,
     causal: bool = True,
     dtype: torch.dtype = torch.float64,
+    turn: Callable[[int, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output `[T, Hq, D]` and log-sum-exp `[T, Hq]` in `dtype`; zero and `-inf` over no token.
 
@@ -39,6 +40,7 @@ def attend(
         causal: as there.
         dtype: float64 for what is right; that of a model for what plain PyTorch makes of it, the
             measure for the error of a kernel.
+        turn: for the keys of a request (row, keys) where they stand, if they are coded elsewhere.
     """
     outputs, lses = [], []
     token = 0
@@ -47,6 +49,8 @@ def attend(
             (x[row], reconstruct(codec, kind, x[row], batch.visual[row]))
             for kind, x in (("key", batch.key), ("value", batch.value))
         ]
+        if turn is not None:
+            pairs[0] = tuple(turn(row, key) for key in pairs[0])
         repeats = batch.query.shape[1] // batch.key[row].shape[1]
         start, stop = ranges[row] if ranges else (0, context + fresh)
         for i in range(fresh):

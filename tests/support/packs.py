@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from vllm_attentionpack.codec.codec import LayerCodec, identity_codec
+from vllm_attentionpack.codec.positions import Anchors
 from vllm_attentionpack.packfile import Fingerprint, Pack
 from vllm_attentionpack.packfile.uncalibrated import uncalibrated_pack
 
@@ -19,8 +20,12 @@ def pack_of(
 
 
 def identity_pack(
-    fingerprint: Fingerprint, layer_names: Sequence[str], heads_per_group: int = 1
+    fingerprint: Fingerprint,
+    layer_names: Sequence[str],
+    heads_per_group: int = 1,
+    anchors: Anchors | None = None,
 ) -> Pack:
-    """A pack that stores bfloat16 keys and values as they are."""
+    """A pack that stores bfloat16 keys and values as they are, or turned back by anchors."""
     codec = identity_codec(fingerprint.num_kv_heads, fingerprint.head_size, heads_per_group)
+    codec.anchors = anchors
     return pack_of(lambda _: codec, fingerprint, layer_names)

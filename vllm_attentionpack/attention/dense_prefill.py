@@ -19,6 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_i
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.ops import ExactTokens, QueryBatch
 from vllm_attentionpack.ops.select import Ops
+from vllm_attentionpack.ops.spans import StepSpans
 
 if TYPE_CHECKING:
     from vllm_attentionpack.attention.metadata import AttentionPackMetadata
@@ -153,6 +154,7 @@ class DensePrefill:
         value: Tensor,
         kv_cache: Tensor,
         block_table: Tensor,
+        spans: StepSpans | None,
         codec: LayerCodec,
         block_size: int,
         exact: tuple[Tensor, ExactTokens] | None,
@@ -168,6 +170,7 @@ class DensePrefill:
             value: `[T, Hk, D]`.
             kv_cache: uint8 `[num_blocks, block_bytes]`.
             block_table: int `[B, max_blocks]`.
+            spans: of the whole step, where keys have anchors.
             codec: the layer's codec.
             block_size: `S`.
             exact: exact pages `[num_blocks, S', 2, Hk, D]` and which of their tokens are read.
@@ -184,14 +187,16 @@ class DensePrefill:
         )
         for request, context, slot in zip(dense.requests, dense.contexts, dense.slots, strict=True):
             for first in range(0, context, slab):
-                self._write_context(
-                    kv_cache,
-                    block_table[request, first // block_size :],
-                    slot + first,
-                    min(slab, context - first),
-                    codec,
-                    block_size,
+                tokens = min(slab, context - first)
+                blocks = block_table[request, first // block_size :]
+                old_key, old_value = self.ops.decompress(
+                    kv_cache, blocks, tokens, codec, block_size, self.dtype
                 )
+                if spans is not None and codec.anchors is not None:
+                    rotary = codec.anchors.rotary
+                    old_key = spans.turn_cached_keys(old_key, rotary, request, first)
+                begin = slot + first
+                self._write(old_key, old_value, torch.arange(begin, begin + tokens))
             if exact is not None and context:
                 self._write_exact(*exact, request, context, slot)
         self._write(key, value, dense.fresh_slots)
@@ -239,18 +244,6 @@ class DensePrefill:
         key_cache, value_cache = self.pages.chunk(2, dim=2)
         vllm_ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slots, self.isa)
 
-    def _write_context(
-        self,
-        kv_cache: Tensor,
-        blocks: Tensor,
-        slot: int,
-        tokens: int,
-        codec: LayerCodec,
-        block_size: int,
-    ) -> None:
-        key, value = self.ops.decompress(kv_cache, blocks, tokens, codec, block_size, self.dtype)
-        self._write(key, value, torch.arange(slot, slot + tokens))
-
     def _write_exact(
         self, pages: Tensor, tokens: ExactTokens, request: int, context: int, slot: int
     ) -> None:
@@ -275,12 +268,14 @@ def _subset(
     lengths = [starts[r + 1] - starts[r] for r in requests]
     longest = [step.batch.max_seq_lens[r] for r in requests]
     context_lens = step.context_lens[requests]
+    batch = QueryBatch.build([0, *accumulate(lengths)], longest, context_lens.device)
     return type(step)(
         num_actual_tokens=sum(lengths),
-        batch=QueryBatch.build([0, *accumulate(lengths)], longest, context_lens.device),
+        batch=batch,
         seq_lens=step.seq_lens[requests],
         context_lens=context_lens,
         has_context=bool(context_lens.any()),
         block_table=step.block_table[requests],
         slot_mapping=step.slot_mapping[tokens],
+        spans=step.spans.of(torch.tensor(requests), batch) if step.spans else None,
     )

@@ -77,12 +77,13 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
         """Stores the step's new tokens as codes and, where it has room for them, as they are."""
         assert self.codec is not None
         tokens = slot_mapping.shape[0]
+        visual = modality_mask(tokens, key.device) if self.codec.num_modalities == 2 else None
         self.state.ops.store_kv(
-            key[:tokens],
+            self._anchored(key[:tokens], layer),
             value[:tokens],
             block_view(kv_cache),
             slot_mapping,
-            modality_mask(tokens, key.device) if self.codec.num_modalities == 2 else None,
+            visual,
             self.codec,
             kv_cache.shape[2],
         )
@@ -90,6 +91,16 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
             exact = self.state.exact_layers[layer.layer_name]
             slots = get_forward_context().slot_mapping[exact.name]
             ops.store_exact(key[:tokens], value[:tokens], exact.pages(layer.layer_name), slots)
+
+    def _anchored(self, key: Tensor, layer: AttentionLayer) -> Tensor:
+        """New keys as they are coded."""
+        assert self.codec is not None
+        steps = get_forward_context().attn_metadata
+        spans = steps[layer.layer_name].spans if steps else None
+        if spans is None or self.codec.anchors is None:
+            return key
+        turned = spans.turn_new_keys(key[: spans.batch.num_tokens], self.codec.anchors.rotary)
+        return torch.cat([turned, key[len(turned) :]])  # what pads a step has no slot
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         self.state.add_exact_layers()
@@ -157,6 +168,7 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
             fresh.value,
             block_view(kv_cache),
             metadata.block_table,
+            metadata.spans,
             self.codec,
             kv_cache.shape[2],
             None if exact is None else (exact.pages, exact.tokens),
@@ -232,6 +244,10 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
     ) -> Part:
         assert self.codec is not None
         compute = self.state.ops
+        if metadata.spans is not None and self.codec.anchors is not None:
+            return metadata.spans.attend(
+                compute, query, block_view(kv_cache), starts, stops, self.codec, causal, self.scale
+            )
         attended = compute.paged_attention(
             compute.absorb_query(query, self.codec, self.scale),
             block_view(kv_cache),

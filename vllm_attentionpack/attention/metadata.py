@@ -17,7 +17,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_attentionpack.attention.dense_prefill import DensePrefill, DenseStep
 from vllm_attentionpack.attention.state import EngineState
+from vllm_attentionpack.compat import positions_every
 from vllm_attentionpack.ops import QueryBatch
+from vllm_attentionpack.ops.spans import StepSpans
 
 if TYPE_CHECKING:
     from vllm_attentionpack.attention.impl import AttentionPackImpl
@@ -35,6 +37,8 @@ class AttentionPackMetadata(AttentionMetadata):
         has_context: False if all `context_lens` are known to be 0.
         block_table: int32 `[B, max_blocks]`.
         slot_mapping: int64 `[T]`.
+        spans: where keys are coded relative to anchors and a request may be longer than one span;
+            None elsewhere, the anchor of the first span being position 0.
         dense: the requests that are prefilled densely; None if there are none.
     """
 
@@ -45,6 +49,7 @@ class AttentionPackMetadata(AttentionMetadata):
     has_context: bool
     block_table: Tensor
     slot_mapping: Tensor
+    spans: StepSpans | None = None
     dense: DenseStep | None = None
 
 
@@ -63,6 +68,8 @@ class AttentionPackMetadataBuilder(AttentionMetadataBuilder[AttentionPackMetadat
         state: EngineState = next(iter(layers.values())).impl.state
         state.report(kv_cache_spec, vllm_config)
         state.warm_up(layers, kv_cache_spec, vllm_config)
+        self.block_size = kv_cache_spec.block_size
+        self.span = state.span(self.block_size)
         self.dense_prefill = _dense_prefill(state, [layer.impl for layer in layers.values()])
         # A captured graph reads the address that it saw at capture: one buffer for all steps.
         self.context_lens = torch.zeros(
@@ -115,9 +122,27 @@ class AttentionPackMetadataBuilder(AttentionMetadataBuilder[AttentionPackMetadat
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
         )
+        if self.span and metadata.batch.max_seq_len > self.span:
+            metadata.spans = self._spans(metadata)
         if self.dense_prefill is not None:
             metadata.dense = self.dense_prefill.plan(metadata)
         return metadata
+
+    def _spans(self, metadata: AttentionPackMetadata) -> StepSpans:
+        requests = len(metadata.context_lens)
+        count = -(-metadata.batch.max_seq_len // self.span)
+        anchors = positions_every(self.span, count, requests, self.device)
+        if anchors is None:
+            anchors = torch.arange(count, device=self.device) * self.span
+            anchors = anchors.expand(requests, count)
+        return StepSpans(
+            self.span,
+            anchors,
+            metadata.batch,
+            metadata.context_lens,
+            metadata.block_table,
+            self.block_size,
+        )
 
 
 def _dense_prefill(state: EngineState, layers: "list[AttentionPackImpl]") -> DensePrefill | None:

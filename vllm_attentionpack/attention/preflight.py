@@ -11,6 +11,7 @@ from vllm import envs
 
 from vllm_attentionpack.attention.fingerprint import check_fingerprint, fingerprint
 from vllm_attentionpack.codec.layout import BLOCK_SIZE_MULTIPLE
+from vllm_attentionpack.compat import rope_positions
 from vllm_attentionpack.compat.selection import PER_KIND_OPTION
 from vllm_attentionpack.config import serve_config
 from vllm_attentionpack.errors import ConfigError, UnsupportedModelError
@@ -24,6 +25,10 @@ _SLIDING, _CHUNKED = "sliding_attention", "chunked_attention"
 _SLIDING_KIND = "sliding_window"
 #: The op that calls `AttentionPackImpl.do_kv_cache_update`.
 _CACHE_UPDATE = "vllm::unified_kv_cache_update"
+_CAPTURED = (
+    "piecewise CUDA graphs would capture how new tokens are stored "
+    "(VLLM_USE_BREAKABLE_CUDAGRAPH, use_inductor_graph_partition or splitting_ops)"
+)
 
 
 def check(vllm_config: Any) -> None:
@@ -46,6 +51,8 @@ def check(vllm_config: Any) -> None:
         check_exact_cache_options(vllm_config)
     if header.num_modalities == 2:
         check_modality_options(vllm_config)
+    if 0 < header.anchor_span < vllm_config.model_config.max_model_len:
+        check_anchor_options(vllm_config)
     _warn_about_context(vllm_config.model_config.max_model_len, header)
     _warn_about_connector(vllm_config.kv_transfer_config)
 
@@ -175,16 +182,39 @@ def check_modality_options(vllm_config: Any) -> None:
             "text tokens, but micro-batches do not carry which are which. Turn micro-batching "
             f"off. {advice}"
         )
-    if compilation.cudagraph_mode.has_piecewise_cudagraphs() and (
-        envs.VLLM_USE_BREAKABLE_CUDAGRAPH or _CACHE_UPDATE not in (compilation.splitting_ops or ())
-    ):
+    if _captures_cache_update(compilation):
         raise ConfigError(
-            "piecewise CUDA graphs would capture how new tokens are stored "
-            "(VLLM_USE_BREAKABLE_CUDAGRAPH, use_inductor_graph_partition or splitting_ops), and "
-            "the pack separates visual from text tokens, which differ from step to step: a graph "
-            "would store all as text. Leave these options out, or set cudagraph_mode to "
-            f"FULL_DECODE_ONLY. {advice}"
+            f"{_CAPTURED}, and the pack separates visual from text tokens, which differ from step "
+            "to step: a graph would store all as text. Leave these options out, or set "
+            f"cudagraph_mode to FULL_DECODE_ONLY. {advice}"
         )
+
+
+def check_anchor_options(vllm_config: Any) -> None:
+    """Raises `ConfigError` where the anchors of a step's keys cannot be told."""
+    advice = (
+        "Or keep --max-model-len within the pack's anchor span, or calibrate with --anchor-span 0."
+    )
+    if reason := rope_positions.unsupported(vllm_config):
+        raise ConfigError(f"the pack codes keys relative to anchors, but {reason}. {advice}")
+    if vllm_config.parallel_config.use_ubatching:
+        raise ConfigError(
+            "micro-batching (--enable-dbo, --ubatch-size) is on and the pack codes keys relative "
+            "to anchors, which are looked up once per step, not per micro-batch. Turn "
+            f"micro-batching off. {advice}"
+        )
+    if _captures_cache_update(vllm_config.compilation_config):
+        raise ConfigError(
+            f"{_CAPTURED}, and the pack codes keys relative to anchors, which differ from step to "
+            "step. Leave these options out, or set cudagraph_mode to NONE. "
+            f"{advice}"
+        )
+
+
+def _captures_cache_update(compilation: Any) -> bool:
+    return compilation.cudagraph_mode.has_piecewise_cudagraphs() and (
+        envs.VLLM_USE_BREAKABLE_CUDAGRAPH or _CACHE_UPDATE not in (compilation.splitting_ops or ())
+    )
 
 
 def _layers_per_stage(model: Any, stages: int) -> list[int]:

@@ -154,6 +154,11 @@ class EngineState:
         """Whether long chunks go to vLLM's own op (`attention.dense_prefill`)."""
         return self.prefill == DENSE and self.config.exact_prefill
 
+    def span(self, block_size: int) -> int:
+        """Tokens that share an anchor, whole blocks; 0 if no request can have a second span."""
+        size = -(-self.pack.header.anchor_span // block_size) * block_size
+        return size if size < self.max_model_len else 0
+
     @property
     def has_exact_cache(self) -> bool:
         return self.config.keeps_exact(self.pack.header)
@@ -166,6 +171,8 @@ class EngineState:
         """
         if self.ops_name != "triton" or not self.config.exact_prefill:
             return AttentionCGSupport.NEVER
+        if 0 < self.pack.header.anchor_span < self.max_model_len:
+            return AttentionCGSupport.NEVER  # as many calls as the longest request has spans
         if self.prefill == UNCAPTURED:
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return AttentionCGSupport.UNIFORM_BATCH

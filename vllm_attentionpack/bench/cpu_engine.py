@@ -21,7 +21,11 @@ import numpy as np
 from vllm_attentionpack import plugin
 from vllm_attentionpack.bench.synthetic import save_dummy_model, synthetic_pack
 from vllm_attentionpack.calibrate.assemble import Budget
-from vllm_attentionpack.calibrate.settings import DEFAULT_SINKS, DEFAULT_WINDOW
+from vllm_attentionpack.calibrate.settings import (
+    DEFAULT_ANCHOR_SPAN,
+    DEFAULT_SINKS,
+    DEFAULT_WINDOW,
+)
 from vllm_attentionpack.config import SECTION
 from vllm_attentionpack.engine import shut_down
 from vllm_attentionpack.errors import ConfigError
@@ -41,6 +45,7 @@ class Setup:
         new_tokens: decoded per request.
         sinks: first tokens of a request that stay exact.
         window: its last tokens that do.
+        anchor_span: tokens whose keys share an anchor; 0 for none.
         repeats: runs of decoding.
         length: tokens of a request at its end.
         kv_bytes: bytes of KV cache of each engine; holds the batch densely.
@@ -58,6 +63,7 @@ class Setup:
     new_tokens: int = 16
     sinks: int = DEFAULT_SINKS
     window: int = DEFAULT_WINDOW
+    anchor_span: int = DEFAULT_ANCHOR_SPAN
     repeats: int = 3
 
     @property
@@ -169,7 +175,7 @@ def _write_pack(llm: Any, setup: Setup, path: Path) -> None:
 
     found: Fingerprint = fingerprint(llm.llm_engine.vllm_config.model_config)
     names = [f"model.layers.{i}.self_attn.attn" for i in range(setup.layers)]
-    pack = synthetic_pack(found, names, setup.group, setup.ratio, setup.length)
+    pack = synthetic_pack(found, names, setup.group, setup.ratio, setup.length, setup.anchor_span)
     save_pack(pack, path)
 
 

@@ -34,9 +34,16 @@ from vllm_attentionpack.codec.layout import (
     Kind,
     PlaneCounts,
 )
+from vllm_attentionpack.codec.positions import Anchors
 from vllm_attentionpack.codec.transform import PrincipalBasis, principal_basis
 from vllm_attentionpack.errors import BudgetError, ConfigError
-from vllm_attentionpack.packfile.schema import GroupHeader, LayerHeader, LayerPack, PlaneHeader
+from vllm_attentionpack.packfile.schema import (
+    GroupHeader,
+    LayerHeader,
+    LayerPack,
+    PlaneHeader,
+    RotaryHeader,
+)
 
 #: Measured on the reference VLM (docs/log.md): flat between 0.1 and 0.3.
 KEY_PRICE = 0.15
@@ -52,12 +59,14 @@ class LayerStatistics:
         moments: see `LayerMoments`.
         gram: float64 `[Hq, D, D]`, `Mⱼ = Wⱼ Wⱼᵀ` of the rows `Wⱼ` `[D, hidden]` of the output
             projection that query head `j` feeds.
+        anchors: what keys are turned back by before they are coded; None for as they come.
     """
 
     name: str
     scale: float
     moments: LayerMoments
     gram: Tensor
+    anchors: Anchors | None = None
 
     @property
     def head_size(self) -> int:
@@ -140,7 +149,9 @@ class Assembled:
     def codecs(self, device: torch.device) -> list[LayerCodec]:
         """The codec of every layer."""
         return [
-            LayerCodec(header.layout(self.heads_per_group, self.head_size), pack.bases).to(device)
+            LayerCodec(
+                header.layout(self.heads_per_group, self.head_size), pack.bases, pack.anchors
+            ).to(device)
             for header, pack in zip(self.headers, self.packs, strict=True)
         ]
 
@@ -159,6 +170,7 @@ class Assembler:
         self, layers: Iterable[LayerStatistics], heads_per_group: int, regularization: float
     ) -> None:
         self.names: list[str] = []
+        self.anchors: list[Anchors | None] = []
         self.bases: list[list[dict[Kind, PrincipalBasis]]] = []
         self.output_energies: list[float] = []
         #: Of each layer, key and value of each group in turn; in units of the layer's own output.
@@ -170,6 +182,7 @@ class Assembler:
                 output_energy(layer),
             )
             self.names.append(layer.name)
+            self.anchors.append(layer.anchors)
             self.bases.append(bases)
             self.output_energies.append(energy)
             self._curves.append(
@@ -220,8 +233,10 @@ class Assembler:
         fixed = [self.budget.fixed_bytes] * num_layers
         chosen = allocate(curves, weights, bytes_per_token, fixed, max_page_sizes)
         headers, packs = [], []
-        for name, of_layer, (counts, size) in zip(self.names, self.bases, chosen, strict=True):
-            header, pack = _layer(name, of_layer, counts, size)
+        for name, of_layer, anchors, (counts, size) in zip(
+            self.names, self.bases, self.anchors, chosen, strict=True
+        ):
+            header, pack = _layer(name, of_layer, anchors, counts, size)
             headers.append(header)
             packs.append(pack)
         return Assembled(tuple(headers), packs, self.budget.heads_per_group, self.budget.head_size)
@@ -320,7 +335,11 @@ def _by_kv_head(per_query_head: Tensor, layer: LayerStatistics) -> Tensor:
 
 
 def _layer(
-    name: str, bases: list[dict[Kind, PrincipalBasis]], counts: list[PlaneCounts], size: int
+    name: str,
+    bases: list[dict[Kind, PrincipalBasis]],
+    anchors: Anchors | None,
+    counts: list[PlaneCounts],
+    size: int,
 ) -> tuple[LayerHeader, LayerPack]:
     """`counts` in the order of the units: key and value of each group in turn."""
     units = iter(counts)
@@ -332,5 +351,7 @@ def _layer(
         truncated.append(kept)
         spectra: dict[Kind, Tensor] = {kind: group[kind].variance.float() for kind in KINDS}
         variance.append(spectra)
-    header = LayerHeader(name=name, bytes_per_token=size, groups=tuple(groups))
-    return header, LayerPack(truncated, variance)
+    header = LayerHeader(
+        name=name, bytes_per_token=size, groups=tuple(groups), rotary=RotaryHeader.of(anchors)
+    )
+    return header, LayerPack(truncated, variance, anchors)

@@ -23,7 +23,7 @@ from vllm_attentionpack.calibrate.moments import (
     auto_group_size,
 )
 from vllm_attentionpack.calibrate.rotary import rotary_of
-from vllm_attentionpack.codec.positions import Rotary
+from vllm_attentionpack.codec.positions import Anchors, Rotary
 from vllm_attentionpack.errors import CalibrationDataError, ConfigError, UnsupportedModelError
 
 logger = init_logger(__name__)
@@ -170,9 +170,16 @@ class Collector:
         return 0 if moments is None else int(moments.count[1])
 
     def statistics(
-        self, num_positions: int, num_modalities: int, dtype: torch.dtype
+        self, num_positions: int, num_modalities: int, dtype: torch.dtype, anchor_span: int = 0
     ) -> Iterator[LayerStatistics]:
         """The statistics of one layer after the other; a recorder gives up its sums, for room.
+
+        Args:
+            num_positions: see `MomentAccumulator.finalize`.
+            num_modalities: likewise.
+            dtype: of the model.
+            anchor_span: keys are coded relative to anchors so many tokens apart; 0 for as they
+                come.
 
         Raises:
             UnsupportedModelError: a layer that never attended.
@@ -183,12 +190,16 @@ class Collector:
                 raise UnsupportedModelError(
                     f"layer '{recorder.layer.layer_name}' never attended during calibration."
                 )
-            moments = recorder.moments.finalize(num_positions, num_modalities)
+            rotary = recorder.moments.rotary
+            anchors = Anchors(rotary, anchor_span) if rotary and anchor_span else None
+            moments = recorder.moments.finalize(
+                num_positions, num_modalities, anchors.span if anchors else None
+            )
             recorder.moments = None
             _check_finite(recorder.layer.layer_name, moments)
             gram = output_gram(recorder.site, dtype)
             scale = recorder.layer.impl.scale
-            yield LayerStatistics(recorder.layer.layer_name, scale, moments, gram)
+            yield LayerStatistics(recorder.layer.layer_name, scale, moments, gram, anchors)
 
 
 def _check_finite(layer_name: str, moments: LayerMoments) -> None:

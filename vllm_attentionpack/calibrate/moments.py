@@ -58,9 +58,9 @@ class LayerMoments:
     """The averaged moments of one layer.
 
     Attributes:
-        key: of the keys, as they are in the cache at any position below `num_positions`.
+        key: of the keys as they are coded, at any position below `key_positions`.
         value: of the values.
-        query: float64 `[Hq, D, D]`, `E[q qᵀ]` over all tokens, over the same positions.
+        query: float64 `[Hq, D, D]`, `E[q qᵀ]` over all tokens and positions below `num_positions`.
         count: int64 `[M]`, tokens of each modality.
     """
 
@@ -186,13 +186,17 @@ class MomentAccumulator:
         second += cross + cross.mT + count * shift[:, :, None] * shift[:, None, :]
         return second, first + count * shift
 
-    def finalize(self, num_positions: int, num_modalities: int) -> LayerMoments:
+    def finalize(
+        self, num_positions: int, num_modalities: int, key_positions: int | None = None
+    ) -> LayerMoments:
         """Averages over tokens and, where the layer turns, over positions.
 
         Args:
             num_positions: keys and queries are taken at every position below it alike often.
             num_modalities: 1 pools text and visual tokens, 2 keeps them apart (both must have been
                 seen).
+            key_positions: the same for keys alone, whose codes may be of distances from an anchor;
+                None for `num_positions`.
         """
         seen = [self._moments(m) for m, sums in enumerate(self._sums) if sums is not None]
         if num_modalities == 1:
@@ -207,7 +211,9 @@ class MomentAccumulator:
         seconds = seconds / count[:, None, None, None]
         firsts = firsts / count[:, None, None]
         n = self._groups
-        key = self._turned(GroupMoments(seconds[:, :n], firsts[:, :n]), num_positions)
+        key = self._turned(
+            GroupMoments(seconds[:, :n], firsts[:, :n]), key_positions or num_positions
+        )
         value = GroupMoments(seconds[:, n:], firsts[:, n:])
         query = torch.stack(
             [

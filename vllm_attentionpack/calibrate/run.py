@@ -137,6 +137,8 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
     _check_tokens(dataset.path, tokens, collector.heads_per_group * found.head_size)
     modalities = _modalities(settings, tokens, visual_tokens)
     max_context = settings.max_context or llm.model_config.max_model_len
+    # One span that holds every context is no anchor but position 0.
+    span = settings.anchor_span if settings.anchor_span < max_context else 0
     logger.info(
         "Calibrated on %d tokens, %d of them visual; choosing ranks and bits.",
         tokens,
@@ -149,7 +151,7 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
         found.head_size,
     )
     assembler = Assembler(
-        collector.statistics(max_context, modalities, llm.model_config.dtype),
+        collector.statistics(max_context, modalities, llm.model_config.dtype, span),
         collector.heads_per_group,
         settings.regularization,
     )
@@ -183,6 +185,7 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
             num_modalities=modalities,
             ratio=ratio,
             max_context=max_context,
+            anchor_span=span if any(assembler.anchors) else 0,
             sinks=settings.sinks,
             window=settings.window,
             layers=assembled.headers,

@@ -12,6 +12,8 @@ from vllm_attentionpack.errors import ConfigError
 #: Measured (docs/log.md): the least that brings most of what exact tokens bring.
 DEFAULT_SINKS = 4
 DEFAULT_WINDOW = 64
+#: Likewise: what shorter spans gain costs attention more than it is worth by default.
+DEFAULT_ANCHOR_SPAN = 256
 
 
 class CalibrateSettings(BaseModel):
@@ -32,6 +34,10 @@ class CalibrateSettings(BaseModel):
         max_tokens: stop after this many tokens; None uses all data.
         max_context: positions over which the statistics of keys and queries are averaged; None
             takes the engine's `max_model_len`.
+        anchor_span: tokens whose keys are coded relative to the position of the first of them
+            (`codec.positions.Anchors`), so that their statistics are averaged over so many
+            positions only. Shorter spans lose less and cost more arithmetic, none for contexts
+            within the first span. 0 codes keys as they come.
         seed: of the order in which items are taken from the data.
         modalities: 1 codes all tokens by one basis, 2 visual tokens by their own; `auto` takes 2
             when at least `run.MIN_VISUAL_TOKENS` were seen.
@@ -61,6 +67,7 @@ class CalibrateSettings(BaseModel):
     group_size: PositiveInt | Literal["auto"] = "auto"
     max_tokens: PositiveInt | None = None
     max_context: PositiveInt | None = None
+    anchor_span: int = Field(default=DEFAULT_ANCHOR_SPAN, ge=0)
     seed: int = Field(default=0, ge=0, lt=2**32)
     modalities: Literal["auto", 1, 2] = "auto"
     regularization: PositiveFloat = 1e-2

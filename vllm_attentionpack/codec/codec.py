@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vllm_attentionpack.codec.layout import KINDS, GroupLayout, Kind, LayerLayout, PlaneCounts
+from vllm_attentionpack.codec.positions import Anchors
 from vllm_attentionpack.codec.quantize import (
     choose_scale,
     step_and_distortion,
@@ -127,12 +128,20 @@ class LayerCodec:
     Args:
         layout: byte layout, with one entry per head group.
         bases: key and value basis of each head group, in head order.
+        anchors: what keys are turned back by before they are encoded; None if they are coded as
+            they come.
     """
 
-    def __init__(self, layout: LayerLayout, bases: "list[dict[Kind, Basis]]") -> None:
+    def __init__(
+        self,
+        layout: LayerLayout,
+        bases: "list[dict[Kind, Basis]]",
+        anchors: Anchors | None = None,
+    ) -> None:
         if len(bases) != len(layout.groups):
             raise ValueError(f"{len(bases)} bases for {len(layout.groups)} head groups")
         self.layout = layout
+        self.anchors = anchors
         self.groups = [
             GroupCodec(*(PlaneCodec(basis[kind], getattr(group, kind)) for kind in KINDS))
             for basis, group in zip(bases, layout.groups, strict=True)
@@ -152,7 +161,7 @@ class LayerCodec:
         bases: list[dict[Kind, Basis]] = [
             {"key": g.key.basis.to(device), "value": g.value.basis.to(device)} for g in self.groups
         ]
-        return LayerCodec(self.layout, bases)
+        return LayerCodec(self.layout, bases, self.anchors)
 
 
 def identity_codec(num_kv_heads: int, head_size: int, heads_per_group: int = 1) -> LayerCodec:

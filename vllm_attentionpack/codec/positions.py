@@ -16,6 +16,7 @@ A plane of a head is the pair of dims that one frequency turns, written as a com
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -50,6 +51,16 @@ class Rotary:
         frequencies[: len(self.frequencies)] = self.frequencies
         return frequencies
 
+    @cached_property
+    def identity(self) -> tuple[bool, tuple[float, ...]]:
+        """Equal for rotations that are."""
+        return self.interleaved, tuple(self.frequencies.tolist())
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of turns by `positions` `[...]`, float32 `[..., P]` each."""
+        angle = positions[..., None].double() * self.frequencies.to(positions.device)
+        return angle.cos().float(), angle.sin().float()
+
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
         """Turns heads by `positions` (negative ones turn back).
 
@@ -60,15 +71,53 @@ class Rotary:
         Returns:
             float32 `[T, H, D]`.
         """
-        first, second = (d.to(x.device) for d in self.plane_dims(x.shape[-1]))
-        angle = positions[:, None].double() * self.plane_frequencies(x.shape[-1]).to(x.device)
-        cos, sin = angle.cos().float()[:, None], angle.sin().float()[:, None]
-        x = x.float()
-        a, b = x[..., first], x[..., second]
-        out = torch.empty_like(x)
-        out[..., first] = a * cos - b * sin
-        out[..., second] = a * sin + b * cos
+        return self.turn_by(x.float(), *self.tables(positions))
+
+    def turn_by(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Turns heads by given angles; with `-sin`, back.
+
+        Args:
+            x: float `[T, H, D]`.
+            cos: float32 `[T, P]`, see `tables`.
+            sin: float32 `[T, P]`.
+
+        Returns:
+            `[T, H, D]` in the dtype of `x`.
+        """
+        turning = 2 * cos.shape[-1]
+        cos, sin = cos[:, None], sin[:, None]
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        out[..., turning:] = x[..., turning:]
+        (a, b), (out_a, out_b) = (self._planes(tensor[..., :turning]) for tensor in (x, out))
+        a, b = a.float(), b.float()
+        out_a.copy_(a * cos - b * sin)
+        out_b.copy_(a * sin + b * cos)
         return out
+
+    def _planes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of the first and the second dim of every plane that turns."""
+        if self.interleaved:
+            return x[..., 0::2], x[..., 1::2]
+        first, second = x.chunk(2, dim=-1)
+        return first, second
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """Keys coded by their distance from an anchor instead of by their position.
+
+    The tokens of a request are cut into spans; the anchor of a span is the position of its first
+    token. A key is turned back by its anchor before it is coded, and a query by the same before it
+    meets the codes of that span, which leaves every logit as it was. So a basis need only hold for
+    the positions of one span, not for those of the longest context.
+
+    Attributes:
+        rotary: how the layer turns its heads.
+        span: tokens that share an anchor; the server rounds it up to whole blocks.
+    """
+
+    rotary: Rotary
+    span: int
 
 
 def average_over_positions(

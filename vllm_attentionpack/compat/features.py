@@ -70,6 +70,9 @@ _TO_SERVE: dict[str, Callable[[], bool]] = {
     "EncoderRunner.gather_mm_embeddings": _exists(
         "vllm.v1.worker.gpu.mm.encoder_runner:EncoderRunner.gather_mm_embeddings"
     ),
+    "DefaultModelState.prepare_attn(input_batch)": _takes(
+        "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn", "input_batch"
+    ),
 }
 
 

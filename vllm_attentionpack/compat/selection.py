@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_attentionpack.codec.layout import BLOCK_SIZE_MULTIPLE
-from vllm_attentionpack.compat import layer_spec, modality
+from vllm_attentionpack.compat import layer_spec, modality, rope_positions
 from vllm_attentionpack.compat.features import check_features
 from vllm_attentionpack.compat.wrap import wrap_method
 from vllm_attentionpack.errors import UnsupportedModelError
@@ -62,6 +62,7 @@ def _make(original: Callable[..., str]) -> Callable[..., str]:
             return default()
         layer_spec.install()
         modality.install()
+        rope_positions.install()
         if name == STATISTICS_BACKEND:
             from vllm_attentionpack.calibrate.backend import statistics_backend_path
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vllm_attentionpack.codec.codec import Basis
 from vllm_attentionpack.codec.layout import KINDS, Kind
+from vllm_attentionpack.codec.positions import Anchors, Rotary
 from vllm_attentionpack.errors import PackFileError
 from vllm_attentionpack.packfile.schema import FORMAT_VERSION, LayerPack, Pack, PackHeader
 
@@ -40,6 +41,8 @@ def save_pack(pack: Pack, path: str | os.PathLike[str]) -> None:
     header = pack.header.model_dump_json()
     tensors: dict[str, Tensor] = {}
     for i, layer in enumerate(pack.layers):
+        if layer.anchors is not None:
+            tensors[_frequencies(i)] = layer.anchors.rotary.frequencies.double().clone()
         for g, (bases, variance) in enumerate(zip(layer.bases, layer.variance, strict=True)):
             for kind in KINDS:
                 prefix = _prefix(i, g, kind)
@@ -137,6 +140,7 @@ def load_pack(path: str | os.PathLike[str]) -> Pack:
         for kind in KINDS
         for field in (*_BASIS_FIELDS, "variance")
     }
+    expected |= {_frequencies(i) for i, layer in enumerate(header.layers) if layer.rotary}
     if surplus := set(tensors) - expected:
         raise PackFileError(
             f"'{target}' holds tensors that its header does not name: {sorted(surplus)[:3]}. "
@@ -206,6 +210,14 @@ def _check_consistency(target: Path, header: PackHeader) -> None:
             raise PackFileError(
                 f"the header of '{target}' names the layer '{layer.name}' twice. Calibrate again."
             )
+        if layer.rotary and not (
+            header.anchor_span and 2 * layer.rotary.planes <= header.fingerprint.head_size
+        ):
+            raise PackFileError(
+                f"layer '{layer.name}' of '{target}' turns {2 * layer.rotary.planes} of "
+                f"{header.fingerprint.head_size} dims at an anchor span of {header.anchor_span}. "
+                "Calibrate again."
+            )
         if len(layer.groups) * header.heads_per_group != heads:
             raise PackFileError(
                 f"layer '{layer.name}' of '{target}' has {len(layer.groups)} head groups of "
@@ -246,17 +258,29 @@ def _read_layer(
             group_bases[kind] = Basis(**fields)
         bases.append(group_bases)
         variance.append(group_variance)
-    return LayerPack(bases, variance)
+    rotary = header.layers[index].rotary
+    if rotary is None:
+        return LayerPack(bases, variance)
+    shape = (rotary.planes,)
+    frequencies = _checked(target, _frequencies(index), shape, tensors, torch.float64)
+    turns = Rotary(frequencies, rotary.interleaved)
+    return LayerPack(bases, variance, Anchors(turns, header.anchor_span))
 
 
-def _checked(target: Path, name: str, shape: tuple[int, ...], tensors: dict[str, Tensor]) -> Tensor:
+def _checked(
+    target: Path,
+    name: str,
+    shape: tuple[int, ...],
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     if name not in tensors:
         raise PackFileError(f"'{target}' lacks the tensor '{name}'. Calibrate again.")
     tensor = tensors[name]
-    if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
         raise PackFileError(
             f"tensor '{name}' of '{target}' is {tensor.dtype} {tuple(tensor.shape)}, expected "
-            f"torch.float32 {shape}. Calibrate again."
+            f"{dtype} {shape}. Calibrate again."
         )
     if not torch.isfinite(tensor).all():
         raise PackFileError(
@@ -267,6 +291,10 @@ def _checked(target: Path, name: str, shape: tuple[int, ...], tensors: dict[str,
 
 def _prefix(layer: int, group: int, kind: Kind) -> str:
     return f"layers.{layer}.groups.{group}.{kind}."
+
+
+def _frequencies(layer: int) -> str:
+    return f"layers.{layer}.frequencies"
 
 
 def _digest(header: str, tensors: dict[str, Tensor]) -> Tensor:

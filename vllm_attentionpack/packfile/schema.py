@@ -1,7 +1,8 @@
 """What a pack holds. The header is JSON in the safetensors metadata; the rest are tensors.
 
 Tensors are named `layers.<i>.groups.<g>.<key|value>.<mean|encode|decode|weight>` (see
-`codec.Basis`) and `layers.<i>.groups.<g>.<key|value>.variance` (float32 `[M, GD]`, the spectrum).
+`codec.Basis`) and `layers.<i>.groups.<g>.<key|value>.variance` (float32 `[M, GD]`, the spectrum); a
+layer whose keys have anchors also `layers.<i>.frequencies` (float64 `[P]`, see `codec.positions`).
 """
 
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ from vllm_attentionpack.codec.layout import (
     PlaneCounts,
     compression_ratio,
 )
+from vllm_attentionpack.codec.positions import Anchors
 
 #: Raised by one whenever older code could misread a newer file.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -100,12 +102,34 @@ class GroupHeader(_Frozen):
     value: PlaneHeader
 
 
+class RotaryHeader(_Frozen):
+    """How a layer turns its heads (see `codec.positions.Rotary`); frequencies are a tensor."""
+
+    planes: PositiveInt
+    interleaved: bool = False
+
+    @classmethod
+    def of(cls, anchors: Anchors | None) -> "RotaryHeader | None":
+        if anchors is None:
+            return None
+        rotary = anchors.rotary
+        return cls(planes=len(rotary.frequencies), interleaved=rotary.interleaved)
+
+
 class LayerHeader(_Frozen):
-    """One attention layer: its name in vLLM, its head groups, its stored bytes per token."""
+    """One attention layer.
+
+    Attributes:
+        name: in vLLM.
+        bytes_per_token: stored.
+        groups: its head groups.
+        rotary: None where keys are coded as they come.
+    """
 
     name: str
     bytes_per_token: PositiveInt
     groups: tuple[GroupHeader, ...]
+    rotary: RotaryHeader | None = None
 
     def layout(self, heads_per_group: int, head_size: int) -> LayerLayout:
         """The byte layout."""
@@ -128,6 +152,8 @@ class PackHeader(_Frozen):
         ratio: the compression ratio that was asked for.
         max_context: positions over which the rotated statistics were averaged; contexts beyond
             it are served with a warning.
+        anchor_span: tokens whose keys share an anchor (`codec.positions.Anchors`); statistics of
+            keys are averaged over as many positions only. 0 for keys as they come.
         sinks: tokens at the start of a request that are best kept exact (advice to the server).
         window: tokens at its end likewise, the newest included.
         layers: in the order of the model.
@@ -141,6 +167,7 @@ class PackHeader(_Frozen):
     num_modalities: Annotated[int, Field(ge=1, le=2)]
     ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     max_context: PositiveInt
+    anchor_span: Count = 0
     sinks: Count = 0
     window: Count = 0
     layers: tuple[LayerHeader, ...]
@@ -175,10 +202,12 @@ class LayerPack:
     Attributes:
         bases: for each head group its key and its value basis.
         variance: for each head group the float32 `[M, GD]` spectra of keys and of values.
+        anchors: None where keys are coded as they come.
     """
 
     bases: "list[dict[Kind, Basis]]"
     variance: "list[dict[Kind, Tensor]]"
+    anchors: Anchors | None = None
 
 
 @dataclass(frozen=True)
@@ -190,4 +219,5 @@ class Pack:
 
     def codec(self, layer: int) -> LayerCodec:
         """The codec of one layer over all its head groups."""
-        return LayerCodec(self.header.layouts()[layer], self.layers[layer].bases)
+        of_layer = self.layers[layer]
+        return LayerCodec(self.header.layouts()[layer], of_layer.bases, of_layer.anchors)

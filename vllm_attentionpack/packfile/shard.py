@@ -37,4 +37,4 @@ def shard_codec(pack: Pack, layer: int, tp_size: int, tp_rank: int) -> LayerCode
     layout = pack.header.layouts()[layer]
     per_rank = len(layout.groups) // tp_size
     bases = pack.layers[layer].bases[tp_rank * per_rank : (tp_rank + 1) * per_rank]
-    return LayerCodec(shard_layout(layout, tp_size, tp_rank), bases)
+    return LayerCodec(shard_layout(layout, tp_size, tp_rank), bases, pack.layers[layer].anchors)

@@ -14,6 +14,7 @@ from vllm_attentionpack.packfile.schema import (
     PackHeader,
     PlaneHeader,
     Provenance,
+    RotaryHeader,
 )
 
 
@@ -49,6 +50,7 @@ def uncalibrated_pack(
         num_modalities=codecs[0].num_modalities,
         ratio=ratio,
         max_context=max_context,
+        anchor_span=max((c.anchors.span for c in codecs if c.anchors), default=0),
         layers=tuple(
             LayerHeader(
                 name=name,
@@ -57,6 +59,7 @@ def uncalibrated_pack(
                     GroupHeader(key=PlaneHeader.of(group.key), value=PlaneHeader.of(group.value))
                     for group in codec.layout.groups
                 ),
+                rotary=RotaryHeader.of(codec.anchors),
             )
             for name, codec in zip(layer_names, codecs, strict=True)
         ),
@@ -65,5 +68,5 @@ def uncalibrated_pack(
     for codec in codecs:
         bases = [{kind: getattr(group, kind).basis for kind in KINDS} for group in codec.groups]
         spectra = [{kind: group[kind].mean * 0 for kind in KINDS} for group in bases]
-        layers.append(LayerPack(bases, spectra))
+        layers.append(LayerPack(bases, spectra, codec.anchors))
     return Pack(header, layers)

@@ -71,6 +71,7 @@ def _header_table(header: PackHeader, facts: dict[str, Any]) -> Table:
         "modalities": "text and visual" if header.num_modalities == 2 else "all tokens alike",
         "exact tokens": _exact_tokens(header),
         "max context": f"{header.max_context:,} tokens",
+        "anchors": f"every {header.anchor_span:,} tokens" if header.anchor_span else "none",
         "calibrated on": f"{provenance.tokens:,} tokens, {provenance.visual_tokens:,} visual "
         f"(data {provenance.data_sha256[:12]}, seed {provenance.seed})",
         "made by": f"vllm-attentionpack {provenance.attentionpack_version} with vLLM "

@@ -74,6 +74,14 @@ class Tokens:
     visual: Tensor
     positions: Tensor
 
+    def anchors(self, span: int) -> Tensor:
+        """int `[T]`: the position of the first token of each token's span."""
+        parts = []
+        for positions in self.positions.split(list(self.lengths)):
+            first = torch.arange(len(positions), device=positions.device) // span * span
+            parts.append(positions[first])
+        return torch.cat(parts)
+
 
 class SimulatedCodec(Protocol):
     """A cache format.
@@ -186,6 +194,16 @@ class PackCodec(TokenCodec):
         self, layer: int, key: Tensor, value: Tensor, tokens: Tokens
     ) -> tuple[Tensor, Tensor]:
         codec = self._codecs[layer]
+        if codec.anchors is None:
+            return self._read(codec, key, value, tokens)
+        rotary = codec.anchors.rotary
+        anchors = tokens.anchors(codec.anchors.span)
+        read, read_value = self._read(codec, rotary.turn(key, -anchors), value, tokens)
+        return rotary.turn(read, anchors), read_value
+
+    def _read(
+        self, codec: LayerCodec, key: Tensor, value: Tensor, tokens: Tokens
+    ) -> tuple[Tensor, Tensor]:
         result = []
         for kind, x in zip(KINDS, (key, value), strict=True):
             parts = []

@@ -1,0 +1,101 @@
+"""Keys that are stored relative to anchors, in the engine."""
+
+import pytest
+import torch
+
+from tests.support.engines import compacted
+from tests.support.outputs import agreement, token_ids
+from tests.support.packs import identity_pack
+from tests.support.reference import MODEL
+from vllm_attentionpack.attention.dense_prefill import DensePrefill
+from vllm_attentionpack.codec.positions import Anchors, Rotary
+from vllm_attentionpack.ops.spans import StepSpans
+from vllm_attentionpack.packfile import save_pack
+
+pytestmark = pytest.mark.engine
+
+SPAN = 32
+#: Of tokens: several chunks to a prompt, which begin and end within spans.
+CHUNK = 72
+
+
+@pytest.fixture(scope="module")
+def anchored_pack(dense, tmp_path_factory):
+    """Keeps bfloat16 keys and values, keys turned back."""
+    rotary = Rotary(10000.0 ** -(torch.arange(32, dtype=torch.float64) / 32))
+    path = tmp_path_factory.mktemp("packs") / "anchored.safetensors"
+    anchors = Anchors(rotary, SPAN)
+    save_pack(identity_pack(dense.fingerprint, dense.layer_names, anchors=anchors), path)
+    return path
+
+
+def answers(engine, prompts, greedy, **options):
+    with engine.at_most(CHUNK):
+        return engine.generate(prompts, greedy, **options)
+
+
+@pytest.mark.parametrize("exact_prefill", [True, False])
+@pytest.mark.parametrize("exact", [{}, {"sinks": 4, "window": 24}], ids=["codes", "exact"])
+def test_answers_are_those_of_keys_as_they_come(
+    engines, dense, anchored_pack, greedy, exact_prefill, exact, monkeypatch
+):
+    met = []
+    attend = StepSpans.attend
+
+    def record(self, *args):
+        met.append(self.anchors.shape[1])
+        return attend(self, *args)
+
+    monkeypatch.setattr(StepSpans, "attend", record)
+    section = compacted(anchored_pack, exact_prefill=exact_prefill, **exact)
+    engine = engines.get(MODEL, block_size=16, dtype="float32", **section)
+    prompts, want = dense.prompts[::2], dense.outputs[::2]
+    cold = answers(engine, prompts, greedy)
+    assert max(met) > 5
+    # Stored keys are rounded to bfloat16 after they were turned.
+    found = agreement(want, cold)
+    assert found.share >= 0.97
+    assert all(gap <= 0.25 for gap in found.gaps)
+    warm = answers(engine, prompts, greedy, keep_cache=True)
+    assert sum(output.num_cached_tokens for output in warm) > 0
+    assert agreement(cold, warm).share >= 0.99
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="needs AVX-512")
+def test_dense_prefill_turns_keys_to_where_they_stood(
+    engines, dense, anchored_pack, greedy, monkeypatch
+):
+    contexts = []
+    attend = DensePrefill.attend
+
+    def record(self, step, *args):
+        contexts.extend(step.contexts)
+        return attend(self, step, *args)
+
+    monkeypatch.setattr(DensePrefill, "attend", record)
+    lengths = [len(output.prompt_token_ids) for output in dense.outputs]
+    prompts = [p for p, n in zip(dense.prompts, lengths, strict=True) if n > 2 * CHUNK][:12]
+    stock = answers(engines.get(MODEL, dtype="bfloat16"), prompts, greedy)
+    section = compacted(anchored_pack, prefill="dense")
+    engine = engines.get(MODEL, dtype="bfloat16", block_size=16, **section)
+    found = agreement(stock, answers(engine, prompts, greedy))
+    assert max(contexts) > 2 * SPAN
+    assert found.share >= 0.9
+    assert all(gap <= 0.2 for gap in found.gaps)
+
+
+def test_contexts_within_a_span_are_served_as_ever(engines, dense, exact_pack, greedy, tmp_path):
+    """The first anchor is position 0: nothing is turned."""
+    rotary = Rotary(10000.0 ** -(torch.arange(32, dtype=torch.float64) / 32))
+    path = tmp_path / "wide.safetensors"
+    wide = identity_pack(dense.fingerprint, dense.layer_names, anchors=Anchors(rotary, 512))
+    save_pack(wide, path)
+    short = dense.prompts[:10]
+    plain, anchored = (
+        engines.get(MODEL, block_size=16, dtype="float32", **compacted(pack)).generate(
+            short, greedy
+        )
+        for pack in (exact_pack, path)
+    )
+    assert token_ids(plain) == token_ids(anchored)
+    assert agreement(plain, anchored).noise == 0

@@ -1,0 +1,159 @@
+"""Attention to anchored keys against dense attention to keys where they stand."""
+
+import pytest
+import torch
+
+from tests.support.cases import random_codec
+from tests.support.oracle import attend, reconstruct
+from tests.support.paging import PagedBatch, paged_batch
+from vllm_attentionpack.codec.codec import LayerCodec
+from vllm_attentionpack.codec.positions import Anchors, Rotary
+from vllm_attentionpack.ops import QueryBatch, cpu, reference, spans, store_kv
+from vllm_attentionpack.ops.spans import StepSpans, causal_pieces, context_pieces
+
+CONTEXTS = [0, 1, 47, 48, 49, 200, 0, 96]
+FRESH = [5, 1, 1, 3, 1, 60, 100, 2]
+SIZE, BLOCK = 48, 16
+SCALE = 0.2
+
+
+def case_of(interleaved: bool = False) -> tuple[LayerCodec, PagedBatch, StepSpans]:
+    """The batch's keys are those that are stored, that is, turned back already."""
+    codec = random_codec(2, 2, 32, 2, padding=3)
+    rotary = Rotary(0.7 ** torch.arange(12, dtype=torch.float64), interleaved)
+    codec.anchors = Anchors(rotary, SIZE)
+    case = paged_batch(codec, 4, CONTEXTS, FRESH, BLOCK)
+    count = -(-int(case.seq_lens.max()) // SIZE)
+    # Not the tokens' indices: images take up fewer positions.
+    anchors = torch.arange(count) * 31 + torch.arange(len(CONTEXTS))[:, None] * 3
+    steps = StepSpans(SIZE, anchors, case.batch, case.context_lens, case.block_table, BLOCK)
+    return codec, case, steps
+
+
+def anchors_of(steps: StepSpans, row: int, tokens: int) -> torch.Tensor:
+    return steps.anchors[row, torch.arange(tokens) // SIZE]
+
+
+def check(ops, codec, case, steps, starts, stops, causal, tolerance):
+    rotary = codec.anchors.rotary
+
+    def turn(row, keys):
+        return rotary.turn(keys, anchors_of(steps, row, len(keys)))
+
+    first = torch.zeros_like(stops) if starts is None else starts
+    ranges = list(zip(first.tolist(), stops.tolist(), strict=True))
+    want, want_lse = attend(codec, case, SCALE, ranges=ranges, causal=causal, turn=turn)
+    out, lse = steps.attend(ops, case.query, case.kv_cache, starts, stops, codec, causal, SCALE)
+    seen = ~want_lse.isneginf()
+    assert torch.equal(~lse.isneginf(), seen)
+    assert (lse - want_lse)[seen].abs().max().item() < tolerance
+    assert (out - want).abs().max().item() < tolerance * want.abs().max().item()
+
+
+@pytest.mark.parametrize("ops", [reference, cpu], ids=["reference", "cpu"])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("ranged", [False, True])
+def test_spans_match_the_oracle(ops, interleaved, causal, ranged):
+    codec, case, steps = case_of(interleaved)
+    starts, stops = None, case.seq_lens if causal else case.context_lens
+    if ranged:
+        starts, stops = torch.tensor([0, 1, 4, 50, 49, 60, 3, 100]), stops - 20
+    check(ops, codec, case, steps, starts, stops, causal, 1e-4)
+
+
+def test_in_many_calls(monkeypatch):
+    monkeypatch.setattr(spans, "_MAX_TURNED", 70)
+    codec, case, steps = case_of()
+    assert len(context_pieces(case.batch, SIZE)) > 3
+    assert len(causal_pieces(case.batch, SIZE, case.seq_lens.tolist())) > 3
+    check(reference, codec, case, steps, None, case.context_lens, False, 1e-4)
+    check(reference, codec, case, steps, None, case.seq_lens, True, 1e-4)
+
+
+def test_each_query_meets_each_span_once():
+    """All that a query sees, and nothing twice, whatever the lengths."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        fresh = torch.randint(0, 9, (4,), generator=generator).tolist()
+        contexts = torch.randint(0, 40, (4,), generator=generator).tolist()
+        starts = [0, *torch.tensor(fresh).cumsum(0).tolist()]
+        lengths = [c + f for c, f in zip(contexts, fresh, strict=True)]
+        if not sum(fresh):
+            continue
+        batch = QueryBatch.build(starts, lengths, torch.device("cpu"))
+        size = 8
+        seen = {token: [] for token in range(sum(fresh))}
+        for piece in causal_pieces(batch, size, lengths):
+            _, stops = piece.bounds(None, torch.tensor(lengths), size)
+            for v, (request, span) in enumerate(
+                zip(piece.requests.tolist(), piece.spans.tolist(), strict=True)
+            ):
+                tokens = piece.tokens[piece.owners == v].tolist()
+                for i, token in enumerate(tokens):
+                    stop = int(stops[v]) - (len(tokens) - 1 - i) * piece.causal
+                    seen[token] += range(span * size, span * size + stop)
+                    assert starts[request] <= token < starts[request + 1]
+        for request, (context, count) in enumerate(zip(contexts, fresh, strict=True)):
+            for i in range(count):
+                assert sorted(seen[starts[request] + i]) == list(range(context + i + 1))
+
+
+def test_a_part_of_a_step():
+    codec, case, steps = case_of()
+    chosen = torch.tensor([3, 5])
+    starts = case.batch.host_starts
+    tokens = torch.cat([torch.arange(starts[r], starts[r + 1]) for r in chosen.tolist()])
+    lengths = [FRESH[r] for r in chosen.tolist()]
+    longest = [case.batch.max_seq_lens[r] for r in chosen.tolist()]
+    batch = QueryBatch.build([0, lengths[0], sum(lengths)], longest, torch.device("cpu"))
+    arguments = (case.kv_cache, None)
+    whole, _ = steps.attend(
+        reference, case.query, *arguments, case.context_lens, codec, False, SCALE
+    )
+    part, _ = steps.of(chosen, batch).attend(
+        reference, case.query[tokens], *arguments, case.context_lens[chosen], codec, False, SCALE
+    )
+    torch.testing.assert_close(part, whole[tokens])
+
+
+def test_new_keys_are_turned_back_and_cached_ones_forward():
+    codec, case, steps = case_of()
+    rotary = codec.anchors.rotary
+    turned = steps.turn_new_keys(case.fresh_key(), rotary)
+    starts = case.batch.host_starts
+    for row, (context, count) in enumerate(zip(CONTEXTS, FRESH, strict=True)):
+        key = case.key[row][context:]
+        anchors = anchors_of(steps, row, context + count)[context:]
+        torch.testing.assert_close(
+            turned[starts[row] : starts[row + 1]], rotary.turn(key, -anchors)
+        )
+        again = steps.turn_cached_keys(rotary.turn(key, -anchors), rotary, row, context)
+        torch.testing.assert_close(again, key)
+
+
+def test_logits_are_those_of_keys_as_they_come():
+    """What is stored turned back and met by queries turned back is what would be met anyway."""
+    codec, case, steps = case_of()
+    row = 5
+    keys = case.key[row]
+    anchors = anchors_of(steps, row, len(keys))
+    turned = codec.anchors.rotary.turn(keys, -anchors)
+    slots = torch.arange(len(keys)) + BLOCK
+    cache = torch.zeros(40, codec.layout.block_bytes(BLOCK), dtype=torch.uint8)
+    store_kv(turned, case.value[row], cache, slots, case.visual[row], codec, BLOCK)
+    table = torch.arange(1, 20)[None].int()
+    batch = QueryBatch.build([0, 1], [len(keys) + 1], torch.device("cpu"))
+    stops = torch.tensor([len(keys)])
+    one = StepSpans(SIZE, steps.anchors[row : row + 1], batch, stops, table, BLOCK)
+    query = case.query[:1]
+    out, lse = one.attend(reference, query, cache, None, stops, codec, False, SCALE)
+    read = codec.anchors.rotary.turn(
+        reconstruct(codec, "key", turned, case.visual[row]), anchors
+    ).repeat_interleave(2, 1)
+    value = reconstruct(codec, "value", case.value[row], case.visual[row]).repeat_interleave(2, 1)
+    logits = torch.einsum("qhd,nhd->qhn", query, read) * SCALE
+    torch.testing.assert_close(lse, logits.logsumexp(-1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        out, torch.einsum("qhn,nhd->qhd", logits.softmax(-1), value), atol=1e-4, rtol=0
+    )
