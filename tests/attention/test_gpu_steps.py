@@ -12,6 +12,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 pytest.importorskip("triton")
 
 from vllm_attentionpack.attention import impl as impl_module
+from vllm_attentionpack.attention import metadata as metadata_module
 from vllm_attentionpack.attention import state as state_module
 from vllm_attentionpack.attention.impl import AttentionPackImpl
 from vllm_attentionpack.attention.metadata import AttentionPackMetadataBuilder
@@ -19,7 +20,9 @@ from vllm_attentionpack.attention.state import EngineState
 from vllm_attentionpack.bench import compile_table
 from vllm_attentionpack.bench.compile_table import recording, variant_key
 from vllm_attentionpack.bench.shapes import LayerShape
+from vllm_attentionpack.codec.positions import Anchors, Rotary
 from vllm_attentionpack.ops import fresh_gpu
+from vllm_attentionpack.ops import spans as spans_module
 from vllm_attentionpack.ops import triton as kernels
 from vllm_attentionpack.ops.exact import ExactTokens
 from vllm_attentionpack.ops.triton.chip import Chip
@@ -30,9 +33,12 @@ LONGEST, MOST_REQUESTS, BLOCK_SIZE = 4096, 8, 32
 BLOCKS = LONGEST // BLOCK_SIZE
 
 
-def builder(device):
+def builder(device, span=0):
     made = object.__new__(AttentionPackMetadataBuilder)
     made.device = device
+    made.block_size, made.span = BLOCK_SIZE, span
+    most = -(-LONGEST // span) if span else 0
+    made.anchors = torch.zeros(MOST_REQUESTS + 1, most, dtype=torch.int64, device=device)
     made.dense_prefill = None
     made.context_lens = torch.zeros(MOST_REQUESTS + 1, dtype=torch.int32, device=device)
     made.vllm_config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=LONGEST))
@@ -74,6 +80,30 @@ def test_a_captured_graph_finds_what_changes_where_it_was():
     assert captured.context_lens[:2].tolist() == [39, 6]
 
 
+def test_a_captured_graph_finds_anchors_where_they_were(monkeypatch):
+    made = builder(CPU, span=256)
+    captured = made.build_for_cudagraph_capture(common(CPU, [1, 1, 1, 1], [1, 1, 1, 1]))
+    assert captured.spans.anchors.shape == (4, LONGEST // 256)
+    (piece,) = captured.spans._pieces
+    assert len(piece.requests) == 4 * LONGEST // 256
+    told = torch.tensor([[0, 200, 300], [0, 256, 512]])
+    monkeypatch.setattr(metadata_module, "positions_every", lambda *args: told)
+    made.build(0, common(CPU, [1, 1], [700, 513]))
+    assert torch.equal(captured.spans.anchors[:2, :3], told)
+
+
+def test_what_was_made_before_a_capture_is_not_used_in_it(monkeypatch):
+    """vLLM runs a step before it captures the same one."""
+    spans = builder(CPU, span=256).build(0, common(CPU, [1, 1], [700, 513])).spans
+    rotary = Rotary(torch.tensor([0.5, 0.25], dtype=torch.float64))
+    key = torch.ones(2, 1, 4)
+    before = spans.turn_new_keys(key, rotary)
+    spans.anchors[:] += 1
+    assert torch.equal(spans.turn_new_keys(key, rotary), before)
+    monkeypatch.setattr(spans_module, "_capturing", lambda device: True)
+    assert not torch.equal(spans.turn_new_keys(key, rotary), before)
+
+
 def layer_impl(codec, provider):
     impl = object.__new__(AttentionPackImpl)
     impl.num_heads, impl.num_kv_heads, impl.head_size = LAYER.query_heads, LAYER.kv_heads, 64
@@ -100,15 +130,17 @@ class ExactLayer:
         return torch.empty(20, 8, 2, LAYER.kv_heads, 64, dtype=torch.bfloat16, device=META)
 
 
+@pytest.mark.parametrize("span", [0, 1024])
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("query_len", [1, 3])
 def test_a_layer_waits_for_nothing_and_launches_alike_for_every_context(
-    query_len, exact, monkeypatch
+    query_len, exact, span, monkeypatch
 ):
     """Decoding and verification of drafts, in a batch that is padded as a graph pads it."""
     codec = LAYER.codec(META)
     impl = layer_impl(codec, single if query_len == 1 else fresh_gpu.sdpa)
     layer = SimpleNamespace(layer_name="layer")
+    codec.anchors = Anchors(Rotary(torch.ones(32, dtype=torch.float64)).to(META), span or 1)
     impl.state.has_exact_cache, impl.state.exact_layers = exact, {"layer": ExactLayer()}
     tokens = 4 * query_len
     query, key, value = (
@@ -118,13 +150,16 @@ def test_a_layer_waits_for_nothing_and_launches_alike_for_every_context(
     width = codec.layout.bytes_per_token
     cache = torch.empty(40, 1, BLOCK_SIZE, width, dtype=torch.uint8, device=META)
     seen = []
-    made = builder(META)
+    made = builder(META, span)
     for lens in ([9, 40, 3, 900], [LONGEST] * 4):
         step = common(META, [query_len] * 4, lens)
         metadata = made.build_for_cudagraph_capture(step)
         context = SimpleNamespace(
             slot_mapping={"exact": step.slot_mapping},
-            attn_metadata={"exact": SimpleNamespace(tokens=ExactTokens.empty(4, 4, 64, META))},
+            attn_metadata={
+                "layer": metadata,
+                "exact": SimpleNamespace(tokens=ExactTokens.empty(4, 4, 64, META)),
+            },
         )
         monkeypatch.setattr(impl_module, "get_forward_context", lambda found=context: found)
         with recording(Chip(132, 227 * 1024, 9)) as launched:
@@ -135,14 +170,16 @@ def test_a_layer_waits_for_nothing_and_launches_alike_for_every_context(
     assert seen[0] == seen[1] and len(seen[0]) == 6 + exact
 
 
+@pytest.mark.parametrize("span", [0, 1024])
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("tokens", [1, 40, 3000])
-def test_what_a_step_launches_is_compiled_before(tokens, exact, monkeypatch):
+def test_what_a_step_launches_is_compiled_before(tokens, exact, span, monkeypatch):
     """A chunk that finds a context would wait for the compiler, which takes seconds a kernel."""
     codec = LAYER.codec(META)
     kept = (4, 64, 8) if exact else None
     with recording(Chip(132, 227 * 1024, 9)) as early:
         kernels.warm_up(LAYER.query_heads, torch.bfloat16, codec, BLOCK_SIZE, LONGEST, kept)
+    codec.anchors = Anchors(Rotary(torch.ones(32, dtype=torch.float64)).to(META), span or 1)
     impl = layer_impl(codec, single if tokens == 1 else fresh_gpu.sdpa)
     layer = SimpleNamespace(layer_name="layer")
     impl.state.has_exact_cache, impl.state.exact_layers = exact, {"layer": ExactLayer()}
@@ -152,12 +189,15 @@ def test_what_a_step_launches_is_compiled_before(tokens, exact, monkeypatch):
     width = codec.layout.bytes_per_token
     cache = torch.empty(40, 1, BLOCK_SIZE, width, dtype=torch.uint8, device=META)
     step = common(META, [tokens], [LONGEST])
+    metadata = builder(META, span).build(0, step)
     context = SimpleNamespace(
         slot_mapping={"exact": step.slot_mapping},
-        attn_metadata={"exact": SimpleNamespace(tokens=ExactTokens.empty(1, 4, 64, META))},
+        attn_metadata={
+            "layer": metadata,
+            "exact": SimpleNamespace(tokens=ExactTokens.empty(1, 4, 64, META)),
+        },
     )
     monkeypatch.setattr(impl_module, "get_forward_context", lambda: context)
-    metadata = builder(META).build(0, step)
     with recording(Chip(132, 227 * 1024, 9)) as launched:
         impl.do_kv_cache_update(layer, key, value, cache, metadata.slot_mapping)
         impl.forward(layer, query, key, value, cache, metadata, torch.empty_like(query))
@@ -190,9 +230,22 @@ def test_a_profiling_run_takes_the_memory_of_a_step():
 )
 def test_which_batches_are_captured(ops, prefill, exact, wanted):
     state = SimpleNamespace(
-        ops_name=ops, prefill=prefill, config=SimpleNamespace(exact_prefill=exact)
+        ops_name=ops,
+        prefill=prefill,
+        config=SimpleNamespace(exact_prefill=exact),
+        pack=SimpleNamespace(header=SimpleNamespace(anchor_span=0)),
     )
-    assert EngineState.cudagraph_support.fget(state) == wanted
+    assert EngineState.cudagraph_support(state, 512) == wanted
+
+
+@pytest.mark.parametrize(("longest", "captured"), [(1 << 15, True), (1 << 17, False)])
+def test_graphs_that_would_do_the_work_of_too_many_spans_are_not_captured(longest, captured):
+    state = object.__new__(EngineState)
+    state.ops_name, state.prefill, state.max_model_len = "triton", "flash_attn", longest
+    state.config = SimpleNamespace(exact_prefill=True)
+    state.pack = SimpleNamespace(header=SimpleNamespace(anchor_span=1024))
+    wanted = AttentionCGSupport.UNIFORM_BATCH if captured else AttentionCGSupport.NEVER
+    assert state.cudagraph_support(256) == wanted
 
 
 def test_the_cache_that_vllm_measures_graphs_with_is_not_the_one_reported(monkeypatch):
@@ -248,7 +301,7 @@ def test_what_is_reserved_covers_a_step(ratio, monkeypatch):
     cache = torch.empty(40, 1, BLOCK_SIZE, codec.layout.bytes_per_token, dtype=torch.uint8)
     metadata = builder(CPU).build(0, common(CPU, [tokens], [tokens + 900]))
     exact = SimpleNamespace(tokens=ExactTokens.empty(1, 4, 64, CPU))
-    context = SimpleNamespace(attn_metadata={"exact": exact})
+    context = SimpleNamespace(attn_metadata={"layer": metadata, "exact": exact})
     monkeypatch.setattr(impl_module, "get_forward_context", lambda: context)
     output = torch.empty(tokens, 16 * 64, dtype=torch.bfloat16)
     layer = SimpleNamespace(layer_name="layer")

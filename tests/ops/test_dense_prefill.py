@@ -48,6 +48,7 @@ def run(ops, codec: LayerCodec, case: PagedBatch, exact=None) -> tuple[Tensor, T
         case.fresh_value().bfloat16(),
         case.kv_cache,
         case.block_table,
+        step.spans,
         codec,
         case.block_size,
         exact,

@@ -63,7 +63,7 @@ def test_spans_match_the_oracle(ops, interleaved, causal, ranged):
 
 
 def test_in_many_calls(monkeypatch):
-    monkeypatch.setattr(spans, "_MAX_TURNED", 70)
+    monkeypatch.setattr(spans, "MAX_TURNED", 70)
     codec, case, steps = case_of()
     assert len(context_pieces(case.batch, SIZE)) > 3
     assert len(causal_pieces(case.batch, SIZE, case.seq_lens.tolist())) > 3

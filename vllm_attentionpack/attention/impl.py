@@ -17,6 +17,7 @@ from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.compat import modality_mask
 from vllm_attentionpack.errors import UnsupportedModelError
 from vllm_attentionpack.kv_cache.spec import block_view
+from vllm_attentionpack.ops.spans import MAX_TURNED
 
 #: Output and log-sum-exp of the attention to some of the keys.
 Part = tuple[Tensor, Tensor]
@@ -122,7 +123,10 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
             raise NotImplementedError("fused output quantisation is not supported")
         if attn_metadata is None:  # profiling run
             if self.codec is not None:
-                self.state.ops.reserve(query.shape[0], self.num_heads, self.codec)
+                tokens = query.shape[0]
+                if self.codec.anchors is not None and self.state.most_spans > 1:
+                    tokens = max(tokens, MAX_TURNED)
+                self.state.ops.reserve(tokens, self.num_heads, self.codec)
             return output.fill_(0)
         tokens = attn_metadata.num_actual_tokens
         fresh = _Fresh(query[:tokens], key[:tokens], value[:tokens])

@@ -72,16 +72,18 @@ class AttentionPackMetadataBuilder(AttentionMetadataBuilder[AttentionPackMetadat
         self.span = state.span(self.block_size)
         self.dense_prefill = _dense_prefill(state, [layer.impl for layer in layers.values()])
         # A captured graph reads the address that it saw at capture: one buffer for all steps.
-        self.context_lens = torch.zeros(
-            vllm_config.scheduler_config.max_num_seqs + 1, dtype=torch.int32, device=device
-        )
+        requests = vllm_config.scheduler_config.max_num_seqs + 1
+        spans = -(-vllm_config.model_config.max_model_len // self.span) if self.span else 0
+        self.context_lens = torch.zeros(requests, dtype=torch.int32, device=device)
+        self.anchors = torch.zeros(requests, spans, dtype=torch.int64, device=device)
 
     @classmethod
     def get_cudagraph_support(
         cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec
     ) -> AttentionCGSupport:
         """See `EngineState.cudagraph_support`."""
-        return EngineState.of(vllm_config).cudagraph_support
+        captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        return EngineState.of(vllm_config).cudagraph_support(captured)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
@@ -90,7 +92,10 @@ class AttentionPackMetadataBuilder(AttentionMetadataBuilder[AttentionPackMetadat
         metadata = self.build(0, common_attn_metadata)
         longest = (self.vllm_config.model_config.max_model_len,) * common_attn_metadata.num_reqs
         batch = replace(metadata.batch, max_seq_lens=longest)
-        return replace(metadata, batch=batch, has_context=True)
+        captured = replace(metadata, batch=batch, has_context=True)
+        if self.span:
+            captured.spans = self._spans(captured)
+        return captured
 
     def build(
         self,
@@ -130,11 +135,12 @@ class AttentionPackMetadataBuilder(AttentionMetadataBuilder[AttentionPackMetadat
 
     def _spans(self, metadata: AttentionPackMetadata) -> StepSpans:
         requests = len(metadata.context_lens)
-        count = -(-metadata.batch.max_seq_len // self.span)
-        anchors = positions_every(self.span, count, requests, self.device)
-        if anchors is None:
-            anchors = torch.arange(count, device=self.device) * self.span
-            anchors = anchors.expand(requests, count)
+        count = min(-(-metadata.batch.max_seq_len // self.span), self.anchors.shape[1])
+        anchors = self.anchors[:requests, :count]
+        known = positions_every(self.span, count, requests, self.device)
+        if known is None:  # positions are those in the request
+            known = torch.arange(count, device=self.device) * self.span
+        anchors.copy_(known)
         return StepSpans(
             self.span,
             anchors,

@@ -21,6 +21,7 @@ from vllm_attentionpack.errors import PackMismatchError
 from vllm_attentionpack.kv_cache.pages import PageGeometry, exact_blocks, page_geometry
 from vllm_attentionpack.kv_cache.spec import shared_pool_spec
 from vllm_attentionpack.ops.select import Ops, select_ops
+from vllm_attentionpack.ops.spans import MAX_TURNED
 from vllm_attentionpack.packfile import Pack, load_pack
 from vllm_attentionpack.packfile.shard import check_shardable, shard_codec, shard_layout
 from vllm_attentionpack.plugin import BACKEND
@@ -154,6 +155,11 @@ class EngineState:
         """Whether long chunks go to vLLM's own op (`attention.dense_prefill`)."""
         return self.prefill == DENSE and self.config.exact_prefill
 
+    @property
+    def most_spans(self) -> int:
+        """Of the longest request, where keys have anchors; one for none."""
+        return -(-self.max_model_len // (self.pack.header.anchor_span or self.max_model_len))
+
     def span(self, block_size: int) -> int:
         """Tokens that share an anchor, whole blocks; 0 if no request can have a second span."""
         size = -(-self.pack.header.anchor_span // block_size) * block_size
@@ -163,16 +169,19 @@ class EngineState:
     def has_exact_cache(self) -> bool:
         return self.config.keeps_exact(self.pack.header)
 
-    @property
-    def cudagraph_support(self) -> AttentionCGSupport:
+    def cudagraph_support(self, most_captured: int) -> AttentionCGSupport:
         """Batches of equal query length (decoding, drafts to verify), if the ops are Triton's.
 
         Of single tokens only, where several of one request go to a provider that is not captured.
+
+        Args:
+            most_captured: tokens of the largest graph.
         """
         if self.ops_name != "triton" or not self.config.exact_prefill:
             return AttentionCGSupport.NEVER
-        if 0 < self.pack.header.anchor_span < self.max_model_len:
-            return AttentionCGSupport.NEVER  # as many calls as the longest request has spans
+        if self.pack.header.anchor_span and most_captured * self.most_spans > MAX_TURNED:
+            # A graph does the work of the longest requests whatever is asked of it.
+            return AttentionCGSupport.NEVER
         if self.prefill == UNCAPTURED:
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return AttentionCGSupport.UNIFORM_BATCH

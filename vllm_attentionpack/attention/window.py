@@ -59,7 +59,8 @@ class ExactWindowMetadataBuilder(AttentionMetadataBuilder[ExactWindowMetadata]):
         cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec
     ) -> AttentionCGSupport:
         """As of the compacted layers."""
-        return EngineState.of(vllm_config).cudagraph_support
+        captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        return EngineState.of(vllm_config).cudagraph_support(captured)
 
     def build(
         self,

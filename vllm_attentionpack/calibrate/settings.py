@@ -12,8 +12,8 @@ from vllm_attentionpack.errors import ConfigError
 #: Measured (docs/log.md): the least that brings most of what exact tokens bring.
 DEFAULT_SINKS = 4
 DEFAULT_WINDOW = 64
-#: Likewise: what shorter spans gain costs attention more than it is worth by default.
-DEFAULT_ANCHOR_SPAN = 256
+#: Likewise: spans of a quarter halve the loss of long averages once more, and the speed on CPUs.
+DEFAULT_ANCHOR_SPAN = 1024
 
 
 class CalibrateSettings(BaseModel):

@@ -161,7 +161,7 @@ class LayerCodec:
         bases: list[dict[Kind, Basis]] = [
             {"key": g.key.basis.to(device), "value": g.value.basis.to(device)} for g in self.groups
         ]
-        return LayerCodec(self.layout, bases, self.anchors)
+        return LayerCodec(self.layout, bases, self.anchors and self.anchors.to(device))
 
 
 def identity_codec(num_kv_heads: int, head_size: int, heads_per_group: int = 1) -> LayerCodec:

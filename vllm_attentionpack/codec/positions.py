@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rotary:
-    """How one attention layer turns its heads.
+    """How attention layers turn their heads; one object for all that turn alike.
 
     Attributes:
         frequencies: float64 `[P]`, radians per position of each plane, scaling included.
@@ -52,9 +52,14 @@ class Rotary:
         return frequencies
 
     @cached_property
-    def identity(self) -> tuple[bool, tuple[float, ...]]:
-        """Equal for rotations that are."""
-        return self.interleaved, tuple(self.frequencies.tolist())
+    def _elsewhere(self) -> "dict[torch.device, Rotary]":
+        return {self.frequencies.device: self}
+
+    def to(self, device: torch.device) -> "Rotary":
+        """The same on `device`, one object for all who ask."""
+        if device not in self._elsewhere:
+            self._elsewhere[device] = Rotary(self.frequencies.to(device), self.interleaved)
+        return self._elsewhere[device]
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of turns by `positions` `[...]`, float32 `[..., P]` each."""
@@ -118,6 +123,9 @@ class Anchors:
 
     rotary: Rotary
     span: int
+
+    def to(self, device: torch.device) -> "Anchors":
+        return Anchors(self.rotary.to(device), self.span)
 
 
 def average_over_positions(

@@ -5,11 +5,10 @@ table, its bounds, and the request's queries turned back by its anchor. So no ke
 anchors; what they cost is one absorption of the queries per span, and the merge of the spans.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,27 +22,39 @@ if TYPE_CHECKING:
     from vllm_attentionpack.ops.select import Ops
 
 #: Queries, each turned back for one span, that are attended in one call: bounds its memory.
-_MAX_TURNED = 8192
+MAX_TURNED = 8192
+
+_Made = TypeVar("_Made")
 
 #: Output `[T, Hq, D]` and natural log-sum-exp `[T, Hq]` of the attention to some of the keys.
 Part = tuple[Tensor, Tensor]
 
 
-class _Turns:
-    """Cosines and sines of turns by some positions, made once for all layers that turn alike."""
+class _Derived:
+    """What layers derive alike from the tensors of a step: made once, by whoever asks first.
 
-    def __init__(self, positions: Tensor) -> None:
-        self.positions = positions
-        self._made: dict[object, tuple[Tensor, Tensor]] = {}
+    But in a CUDA graph that is being captured by each for itself: its tensors must come out of the
+    graph's own work, and what was made before it began would stay what it was.
+    """
 
-    def by(self, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """See `Rotary.tables`."""
-        if rotary.identity not in self._made:
-            self._made[rotary.identity] = rotary.tables(self.positions)
-        return self._made[rotary.identity]
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._made: dict[object, Any] = {}
+
+    def get(self, name: object, make: Callable[[], _Made]) -> _Made:
+        if _capturing(self._device):
+            return make()
+        if name not in self._made:
+            self._made[name] = make()
+        found: _Made = self._made[name]
+        return found
 
 
-@dataclass(frozen=True)
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@dataclass(frozen=True, eq=False)
 class Piece:
     """Spans of requests that are attended in one call: `V` of them, met by `N` turned queries.
 
@@ -75,12 +86,13 @@ class Piece:
             stops: int `[B]`.
             size: tokens of a span.
         """
-        first = self.spans * size
+        # In the dtypes that are given: kernels are compiled for them.
+        first = (self.spans * size).to(stops.dtype)
         # All queries of a causal piece but the last see less; those that see it all are elsewhere.
-        local_stops = (stops[self.requests] - first).clamp(max=size - self.causal).int()
+        local_stops = (stops[self.requests] - first).clamp(max=size - self.causal)
         if starts is None:
             return None, local_stops
-        return (starts[self.requests] - first).clamp(min=0).int(), local_stops
+        return (starts[self.requests] - first).clamp(min=0), local_stops
 
 
 def context_pieces(batch: QueryBatch, size: int) -> list[Piece]:
@@ -134,7 +146,7 @@ def _in_calls(
     entries = sorted(entries, key=lambda entry: entry[1])
     pieces, start, taken = [], 0, 0
     for index, (_, _, first, stop) in enumerate(entries):
-        if taken and taken + stop - first > _MAX_TURNED:
+        if taken and taken + stop - first > MAX_TURNED:
             pieces.append(_piece(entries[start:index], batch, size, causal))
             start, taken = index, 0
         taken += stop - first
@@ -194,13 +206,10 @@ class StepSpans:
         block_size: int,
     ) -> None:
         self.size, self.anchors, self.batch = size, anchors, batch
-        self.block_size = block_size
-        blocks = size // block_size
-        missing = anchors.shape[1] * blocks - block_table.shape[1]
-        table = torch.nn.functional.pad(block_table, (0, max(0, missing)))
-        self._blocks = table[:, : anchors.shape[1] * blocks].unflatten(1, (-1, blocks))
-        self._context_lens = context_lens
-        self._all_turns = _Turns(anchors)
+        self.context_lens, self.block_table, self.block_size = context_lens, block_table, block_size
+        # Here, not in the first layer: a graph must not capture copies from the host.
+        self._pieces = context_pieces(batch, size)
+        self._derived = _Derived(anchors.device)
 
     def of(self, requests: Tensor, batch: QueryBatch) -> "StepSpans":
         """Those of some `requests` of the step, int64, with their tokens as `batch`."""
@@ -208,20 +217,21 @@ class StepSpans:
             self.size,
             self.anchors[requests],
             batch,
-            self._context_lens[requests],
-            self._blocks[requests].flatten(1),
+            self.context_lens[requests],
+            self.block_table[requests],
             self.block_size,
         )
 
     def turn_new_keys(self, key: Tensor, rotary: Rotary) -> Tensor:
         """The step's new keys `[T, Hk, D]`, each turned back by its anchor."""
-        cos, sin = self._new_turns.by(rotary)
+        cos, sin = self._derived.get(("new", rotary), lambda: rotary.tables(self._new_anchors()))
         return rotary.turn_by(key, cos, -sin)
 
     def turn_cached_keys(self, key: Tensor, rotary: Rotary, request: int, first: int) -> Tensor:
         """Keys `[N, Hk, D]` of a request's tokens from `first` on, turned to where they stood."""
         spans = (first + torch.arange(len(key), device=key.device)) // self.size
-        cos, sin = (table[request, spans] for table in self._all_turns.by(rotary))
+        tables = self._derived.get(("cached", rotary), lambda: rotary.tables(self.anchors))
+        cos, sin = (table[request, spans] for table in tables)
         return rotary.turn_by(key, cos, sin)
 
     def attend(
@@ -253,14 +263,14 @@ class StepSpans:
         assert codec.anchors is not None
         rotary = codec.anchors.rotary
         merged: Part | None = None
-        pieces = self._causal_pieces(stops) if causal else self._context_pieces
-        for piece, turns, blocks in pieces:
-            cos, sin = turns.by(rotary)
+        pieces = causal_pieces(self.batch, self.size, stops.tolist()) if causal else self._pieces
+        for piece in pieces:
+            cos, sin = self._turns(piece, rotary)
             local_starts, local_stops = piece.bounds(starts, stops, self.size)
             attended = ops.paged_attention(
                 ops.absorb_query(rotary.turn_by(query[piece.tokens], cos, -sin), codec, scale),
                 kv_cache,
-                blocks,
+                self._blocks(piece),
                 local_starts,
                 local_stops,
                 piece.batch,
@@ -275,28 +285,34 @@ class StepSpans:
             return torch.zeros(query.shape, device=query.device), lse
         return merged
 
-    @cached_property
-    def _new_turns(self) -> _Turns:
+    def _turns(self, piece: Piece, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[N, P]` of the anchor that each turned query meets."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            return rotary.tables(self.anchors[piece.requests, piece.spans][piece.owners])
+
+        return self._derived.get((piece, rotary), make)
+
+    def _blocks(self, piece: Piece) -> Tensor:
+        """int32 `[V, blocks of a span]`: the block table of a piece."""
+
+        def make() -> Tensor:
+            blocks = self.size // self.block_size
+            missing = self.anchors.shape[1] * blocks - self.block_table.shape[1]
+            table = torch.nn.functional.pad(self.block_table, (0, max(0, missing)))
+            columns = piece.spans[:, None] * blocks + torch.arange(blocks, device=table.device)
+            return table[piece.requests[:, None], columns]
+
+        return self._derived.get(piece, make)
+
+    def _new_anchors(self) -> Tensor:
+        """int64 `[T]`: those of the new tokens."""
         starts = self.batch.query_start_loc.long()
-        device = starts.device
-        lengths = starts[1:] - starts[:-1]
-        count = self.batch.num_tokens
-        requests = torch.arange(len(lengths), device=device)
-        requests = requests.repeat_interleave(lengths, output_size=count)
-        index = torch.arange(count, device=device) - starts[requests] + self._context_lens[requests]
-        return _Turns(self.anchors[requests, index // self.size])
-
-    @cached_property
-    def _context_pieces(self) -> list[tuple[Piece, _Turns, Tensor]]:
-        return [self._prepared(piece) for piece in context_pieces(self.batch, self.size)]
-
-    def _causal_pieces(self, stops: Tensor) -> list[tuple[Piece, _Turns, Tensor]]:
-        pieces = causal_pieces(self.batch, self.size, stops.tolist())
-        return [self._prepared(piece) for piece in pieces]
-
-    def _prepared(self, piece: Piece) -> tuple[Piece, _Turns, Tensor]:
-        anchors = self.anchors[piece.requests, piece.spans]
-        return piece, _Turns(anchors[piece.owners]), self._blocks[piece.requests, piece.spans]
+        tokens = torch.arange(self.batch.num_tokens, device=starts.device)
+        # A graph may have been captured for more tokens than there are: those have no slots.
+        requests = torch.searchsorted(starts[1:], tokens, right=True).clamp(max=len(starts) - 2)
+        spans = (tokens - starts[requests] + self.context_lens[requests]) // self.size
+        return self.anchors[requests, spans.clamp(max=self.anchors.shape[1] - 1)]
 
 
 def _merge_rows(out: Tensor, lse: Tensor, rows: Tensor) -> Part:

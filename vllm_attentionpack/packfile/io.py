@@ -132,7 +132,8 @@ def load_pack(path: str | os.PathLike[str]) -> Pack:
         except (SafetensorError, OSError) as error:
             raise PackFileError(f"'{target}' is damaged ({error}). Calibrate again.") from error
     digest = tensors.pop(_DIGEST, None)
-    layers = [_read_layer(target, header, i, tensors) for i in range(len(header.layers))]
+    rotaries: dict[tuple[bool, bytes], Rotary] = {}
+    layers = [_read_layer(target, header, i, tensors, rotaries) for i in range(len(header.layers))]
     expected = {
         _prefix(i, g, kind) + field
         for i, layer in enumerate(header.layers)
@@ -232,8 +233,13 @@ def _check_consistency(target: Path, header: PackHeader) -> None:
 
 
 def _read_layer(
-    target: Path, header: PackHeader, index: int, tensors: dict[str, Tensor]
+    target: Path,
+    header: PackHeader,
+    index: int,
+    tensors: dict[str, Tensor],
+    rotaries: dict[tuple[bool, bytes], Rotary],
 ) -> LayerPack:
+    """`rotaries` are those of the layers before, for layers that turn alike to share."""
     dims = header.heads_per_group * header.fingerprint.head_size
     modalities = header.num_modalities
     bases: list[dict[Kind, Basis]] = []
@@ -263,7 +269,8 @@ def _read_layer(
         return LayerPack(bases, variance)
     shape = (rotary.planes,)
     frequencies = _checked(target, _frequencies(index), shape, tensors, torch.float64)
-    turns = Rotary(frequencies, rotary.interleaved)
+    known = rotary.interleaved, frequencies.numpy().tobytes()
+    turns = rotaries.setdefault(known, Rotary(frequencies, rotary.interleaved))
     return LayerPack(bases, variance, Anchors(turns, header.anchor_span))
 
 
