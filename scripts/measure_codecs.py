@@ -11,6 +11,7 @@ three times as many as the repository holds, by a seed that neither calibration 
 import sys
 import tempfile
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from calibration_study.options import simulation_parser, started
@@ -30,6 +31,7 @@ def main() -> int:
     parser.add_argument("--captured-tokens", type=int, default=16_384, help="for OSCAR's rotations")
     parser.add_argument("--ratios", type=float, nargs="+", default=[4, 5, 6, 8, 10, 12, 16])
     parser.add_argument("--exact-ratios", type=float, nargs="+", default=[4, 6, 8, 10, 12, 16])
+    parser.add_argument("--short-spans", type=int, nargs="*", default=[64], help="of anchors, too")
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--recent", type=int, default=64)
     options = parser.parse_args()
@@ -67,6 +69,16 @@ def main() -> int:
                     codecs = beside.at(ratio).codecs(table.device)
                     windowed = PackCodec(setting.shape, codecs, kept)
                     table.add(f"ours, {exact}", f"ours {ratio:g}x codes, {exact}", windowed)
+        for span in options.short_spans:
+            assembler = setting.assembler(
+                max(setting.group_sizes), options.max_context, anchor_span=span
+            )
+            for ratio, beside in product((4.0, 8.0), (ExactTokens(), kept)):
+                what = [exact] if beside else []
+                what = ", ".join([*what, f"anchors every {span}"])
+                assembled = setting.priced(assembler, exact=beside, ratio=ratio).at(ratio)
+                codec = PackCodec(setting.shape, assembled.codecs(table.device), beside)
+                table.add(f"ours, {what}", f"ours {ratio:g}x codes, {what}", codec)
     return 0
 
 

@@ -42,6 +42,7 @@ def main() -> int:
             settings = {
                 **exact,
                 "max_context": options.max_context,
+                "anchor_span": options.anchor_span,
                 "max_tokens": options.calibration_tokens,
                 "sensitivity_tokens": options.sensitivity_tokens,
             }

@@ -1,4 +1,4 @@
-"""Codecs of the ablations: modalities at unequal bytes, anchored keys, noise."""
+"""Codecs of the ablations: modalities at unequal bytes, un-rotated keys, noise."""
 
 from collections.abc import Sequence
 
@@ -34,25 +34,20 @@ class ModalityCodec(TokenCodec):
         return read[0], read[1]
 
 
-class AnchoredCodec(TokenCodec):
-    """Keys are turned back by their anchor before they are coded, and turned again when read.
+class UnrotatedCodec(TokenCodec):
+    """Keys are turned back to position 0 before they are coded, and turned again when read."""
 
-    The anchor of a position is the multiple of `span` at or before it: at a span of 1 keys are
-    coded un-rotated; at one of the whole context, as they come.
-    """
-
-    def __init__(self, codec: TokenCodec, rotaries: Sequence[Rotary], span: int) -> None:
+    def __init__(self, codec: TokenCodec, rotaries: Sequence[Rotary]) -> None:
         super().__init__(codec.shape, codec.bytes_per_token, codec.exact)
-        self._codec, self._rotaries, self._span = codec, rotaries, span
+        self._codec, self._rotaries = codec, rotaries
 
     def reconstruct(
         self, layer: int, key: Tensor, value: Tensor, tokens: Tokens
     ) -> tuple[Tensor, Tensor]:
         rotary = self._rotaries[layer]
-        anchors = tokens.positions // self._span * self._span
-        turned = rotary.turn(key, -anchors)
+        turned = rotary.turn(key, -tokens.positions)
         read, read_value = self._codec.reconstruct(layer, turned, value, tokens)
-        return rotary.turn(read, anchors), read_value
+        return rotary.turn(read, tokens.positions), read_value
 
 
 class OnlyCodec(TokenCodec):

@@ -1,7 +1,7 @@
 """The questions of the ablation study; each adds its rows to the table of a `Study`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from vllm_attentionpack.calibrate.assemble import KEY_PRICE, Assembler, LayerSta
 from vllm_attentionpack.calibrate.collector import Collector
 from vllm_attentionpack.calibrate.moments import MomentAccumulator
 from vllm_attentionpack.calibrate.rotary import rotary_of
+from vllm_attentionpack.calibrate.settings import DEFAULT_SINKS, DEFAULT_WINDOW
 from vllm_attentionpack.codec.layout import KINDS, Kind
 from vllm_attentionpack.codec.positions import Rotary
 from vllm_attentionpack.evaluate.data import Item, TextItem
@@ -23,8 +24,9 @@ from vllm_attentionpack.evaluate.simulate.capture import Captured, capture
 from vllm_attentionpack.evaluate.simulate.codec import ExactTokens, PackCodec, TokenCodec
 from vllm_attentionpack.evaluate.simulate.measure import Simulator
 
-#: Positions that share an anchor.
+#: Tokens that share an anchor.
 _SPANS = (1, 16, 64, 256, 1024)
+_SPAN_NAMES = {0: "keys as they come", 1: "un-rotated keys"}
 
 
 @dataclass
@@ -241,19 +243,14 @@ def ideal(study: Study) -> None:
     for ratio in (4.0, study.ratio):
         study.add("ideal", f"ours {ratio:g}x", study.codec(study.base, ratio))
         study.add("ideal", f"ideal codes {ratio:g}x", study.ideal(study.base, ratio))
-    span = 1
-    anchored = Assembler(_anchored(study, span), study.group_size, REGULARIZATION)
-
-    def turned(codec: TokenCodec) -> codecs.AnchoredCodec:
-        return codecs.AnchoredCodec(codec, study.rotaries, span)
-
-    device = study.table.device
-    fitted = study.setting.priced(
-        anchored, lambda made: turned(PackCodec(study.setting.shape, made.codecs(device)))
+    assembler = study.setting.assembler(
+        study.group_size, study.max_context, study.setting.modalities, anchor_span=1
     )
+    fitted = study.setting.priced(assembler)
     for ratio in (4.0, study.ratio):
         name = f"ideal codes {ratio:g}x, un-rotated keys"
-        study.add("ideal", name, turned(study.ideal(fitted, ratio)))
+        unrotated = codecs.UnrotatedCodec(study.ideal(fitted, ratio), study.rotaries)
+        study.add("ideal", name, unrotated)
 
 
 def scales(study: Study) -> None:
@@ -272,35 +269,23 @@ def scales(study: Study) -> None:
 
 
 def rotation(study: Study) -> None:
-    """7. Keys coded as rotated, or turned back first: to position 0, or to an anchor before them.
+    """7. Keys coded as they come or relative to anchors, alone and beside exact tokens.
 
-    Queries meet a key at an anchor after being turned back by that anchor, so one absorbed query
-    serves all keys of a span.
+    A span of one position codes them un-rotated.
     """
-    study.add("rotation", "rotated keys", study.base_codec, gain=_key_gain(study.base))
-    for span in _SPANS:
-        if span >= study.max_context:
-            break
-        anchored = _anchored(study, span)
-        assembler = Assembler(anchored, study.group_size, REGULARIZATION)
-
-        def codec(assembled: Any, span: int = span) -> codecs.AnchoredCodec:
-            packed = PackCodec(study.setting.shape, assembled.codecs(study.table.device))
-            return codecs.AnchoredCodec(packed, study.rotaries, span)
-
-        fitted = study.setting.priced(assembler, codec)
-        name = "un-rotated keys" if span == 1 else f"anchors every {span} positions"
-        study.add("rotation", name, codec(fitted.at(study.ratio)), gain=_key_gain(fitted))
-
-
-def _anchored(study: Study, span: int) -> list[LayerStatistics]:
-    """Keys at every position after their anchor; queries anywhere in the context, as ever."""
     setting = study.setting
-    near = setting.statistics(study.group_size, span, setting.modalities)
-    return [
-        replace(layer, moments=replace(layer.moments, key=anchored.moments.key))
-        for layer, anchored in zip(study.statistics, near, strict=True)
-    ]
+    for kept in (ExactTokens(), ExactTokens(DEFAULT_SINKS, DEFAULT_WINDOW)):
+        beside = f", {kept.sinks} + {kept.recent} exact" if kept else ""
+        for span in (0, *reversed(_SPANS)):
+            if span >= study.max_context:
+                continue
+            assembler = setting.assembler(
+                study.group_size, study.max_context, setting.modalities, span
+            )
+            fitted = setting.priced(assembler, exact=kept, ratio=study.ratio)
+            codec = study.codec(fitted, exact=kept)
+            name = _SPAN_NAMES.get(span, f"anchors every {span} tokens") + beside
+            study.add("rotation", name, codec, span=span, gain=_key_gain(fitted))
 
 
 def _key_gain(fitted: Fitted) -> float:
@@ -327,7 +312,9 @@ def context(study: Study) -> None:
             study.add("context", f"{text}, {name}", study.codec(study.fit(statistics)))
     for factor in (4, 16):
         positions = study.max_context * factor
-        statistics = study.setting.statistics(study.group_size, positions, study.setting.modalities)
+        statistics = study.setting.statistics(
+            study.group_size, positions, study.setting.modalities, anchor_span=0
+        )
         name = f"averaged over {factor}x the positions served"
         study.add("context", name, study.codec(study.fit(statistics)))
 

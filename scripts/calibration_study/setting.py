@@ -18,7 +18,9 @@ from vllm_attentionpack.calibrate.engine import feed, statistics_engine
 from vllm_attentionpack.calibrate.layers import output_gram
 from vllm_attentionpack.calibrate.moments import GroupMoments
 from vllm_attentionpack.calibrate.sensitivity import measure_sensitivity, predicted_kl
+from vllm_attentionpack.calibrate.settings import DEFAULT_ANCHOR_SPAN
 from vllm_attentionpack.codec.layout import Kind
+from vllm_attentionpack.codec.positions import Anchors
 from vllm_attentionpack.evaluate.data import Dataset, Item, read_dataset
 from vllm_attentionpack.evaluate.simulate.codec import (
     CacheShape,
@@ -144,6 +146,7 @@ class Setting:
         shape: of the cache.
         calibration_tokens: stop gathering after so many; None for all data.
         sensitivity_tokens: that sensitivities are measured on.
+        anchor_span: tokens whose keys share an anchor, if contexts may be longer.
     """
 
     llm: Any
@@ -152,6 +155,7 @@ class Setting:
     engine: dict[str, Any]
     calibration_tokens: int | None = None
     sensitivity_tokens: int = SENSITIVITY_TOKENS
+    anchor_span: int = DEFAULT_ANCHOR_SPAN
     _collector: Collector | None = None
     _sensitivity: Simulator | None = None
 
@@ -195,8 +199,12 @@ class Setting:
         modalities: int,
         items: Sequence[Item] | None = None,
         max_tokens: int | None = None,
+        anchor_span: int | None = None,
     ) -> list[LayerStatistics]:
-        """What `attentionpack calibrate` would gather."""
+        """What `attentionpack calibrate` would gather; `anchor_span` in place of the setting's."""
+        span = self.anchor_span if anchor_span is None else anchor_span
+        if span >= max_context:
+            span = 0
         whole = self.shape.num_kv_heads
         plain = items is None and max_tokens is None
         collector = self._collector if plain else None
@@ -218,7 +226,9 @@ class Setting:
         result = []
         for recorder in collector.recorders:
             assert recorder.moments is not None
-            moments = recorder.moments.finalize(max_context, modalities)
+            moments = recorder.moments.finalize(max_context, modalities, span or None)
+            rotary = recorder.moments.rotary
+            anchors = Anchors(rotary, span) if span and rotary else None
             gram = output_gram(recorder.site, torch.float32)
             layer = recorder.layer
             split = replace(
@@ -226,7 +236,7 @@ class Setting:
                 key=_split(moments.key, group_size * layer.head_size),
                 value=_split(moments.value, group_size * layer.head_size),
             )
-            result.append(LayerStatistics(layer.layer_name, layer.impl.scale, split, gram))
+            result.append(LayerStatistics(layer.layer_name, layer.impl.scale, split, gram, anchors))
         return result
 
     @property
@@ -240,9 +250,14 @@ class Setting:
         return self.priced(self.assembler(group_size, max_context, modalities))
 
     def assembler(
-        self, group_size: int, max_context: int, modalities: int | None = None
+        self,
+        group_size: int,
+        max_context: int,
+        modalities: int | None = None,
+        anchor_span: int | None = None,
     ) -> Assembler:
-        statistics = self.statistics(group_size, max_context, modalities or self.modalities)
+        modalities = modalities or self.modalities
+        statistics = self.statistics(group_size, max_context, modalities, anchor_span=anchor_span)
         return Assembler(statistics, group_size, REGULARIZATION)
 
     @property
