@@ -7,13 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from vllm.config.compilation import CompilationConfig, CUDAGraphMode
 
+from tests.support.configurations import NAMES, PRINT, engine, model, refusal
 from tests.support.packs import identity_pack, pack_of
 from vllm_attentionpack.attention.fingerprint import check_fingerprint, fingerprint, rope_json
 from vllm_attentionpack.attention.preflight import check
-from vllm_attentionpack.codec.codec import Basis, identity_codec
+from vllm_attentionpack.codec.codec import identity_codec
 from vllm_attentionpack.errors import (
     ConfigError,
     PackFileError,
@@ -21,110 +20,9 @@ from vllm_attentionpack.errors import (
     UnsupportedModelError,
     UnsupportedVersionError,
 )
-from vllm_attentionpack.packfile import Fingerprint, LayerPack, Pack, save_pack
+from vllm_attentionpack.packfile import Fingerprint, Pack, save_pack
 
 REFERENCE = Path(__file__).parents[2] / "examples" / "reference-vlm" / "model"
-ROPE = {"rope_parameters": {"rope_theta": 10000}}
-PRINT = Fingerprint(
-    architecture="LlamaForCausalLM",
-    num_layers=2,
-    num_query_heads=8,
-    num_kv_heads=4,
-    head_size=32,
-    rope=json.dumps(ROPE),
-)
-NAMES = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
-
-
-def model(**changes: Any) -> SimpleNamespace:
-    """vLLM's configuration of a model that `PRINT` fits."""
-    text = {"layer_types": ["full_attention"] * 2, **ROPE, **changes.pop("text", {})}
-    sliding_window = text.pop("sliding_window", None)
-    return SimpleNamespace(
-        **{
-            "model": "models/tiny",
-            "architecture": "LlamaForCausalLM",
-            "model_arch_config": SimpleNamespace(
-                total_num_hidden_layers=2,
-                total_num_attention_heads=8,
-                total_num_kv_heads=4,
-                head_size=32,
-            ),
-            "hf_text_config": SimpleNamespace(**text),
-            "max_model_len": 2048,
-            "use_mla": False,
-            "is_encoder_decoder": False,
-            "attn_type": "decoder",
-            "is_hybrid": False,
-            "uses_alibi": False,
-            "is_mm_prefix_lm": False,
-            "get_sliding_window": lambda: sliding_window,
-            **changes,
-        }
-    )
-
-
-def engine(pack: Path | None, **sections: Any) -> SimpleNamespace:
-    """A configuration that selects the backend; `sections` change its parts."""
-    chosen = SimpleNamespace(name="ATTENTIONPACK")
-    parts: dict[str, dict[str, Any]] = {
-        "cache_config": {"cache_dtype": "auto", "block_size": 128, "sliding_window": None},
-        "parallel_config": {
-            "tensor_parallel_size": 1,
-            "pipeline_parallel_size": 1,
-            "decode_context_parallel_size": 1,
-            "prefill_context_parallel_size": 1,
-            "use_ubatching": False,
-        },
-        "scheduler_config": {"disable_hybrid_kv_cache_manager": False},
-        "attention_config": {"backend": chosen, "backend_per_kind": {}},
-        "compilation_config": {
-            "cudagraph_mode": CUDAGraphMode.FULL_AND_PIECEWISE,
-            "splitting_ops": [*CompilationConfig._attention_ops, "vllm::unified_kv_cache_update"],
-        },
-    }
-    return SimpleNamespace(
-        additional_config={"attentionpack": {"pack": str(pack)}} if pack else {},
-        model_config=sections.pop("model", model()),
-        speculative_config=sections.pop("speculative_config", None),
-        kv_transfer_config=sections.pop("kv_transfer_config", None),
-        **{
-            name: SimpleNamespace(**{**values, **sections.get(name, {})})
-            for name, values in parts.items()
-        },
-    )
-
-
-@pytest.fixture
-def pack(tmp_path) -> Path:
-    path = tmp_path / "tiny.pack.safetensors"
-    save_pack(identity_pack(PRINT, NAMES, heads_per_group=2), path)
-    return path
-
-
-@pytest.fixture
-def pack_of_two_modalities(tmp_path) -> Path:
-    pack = identity_pack(PRINT, NAMES, heads_per_group=2)
-    layers = [
-        LayerPack(
-            bases=[
-                {k: Basis(**{n: torch.cat([t, t]) for n, t in b.tensors().items()}) for k, b in g}
-                for g in map(dict.items, layer.bases)
-            ],
-            variance=[{k: torch.cat([v, v]) for k, v in g.items()} for g in layer.variance],
-        )
-        for layer in pack.layers
-    ]
-    path = tmp_path / "two.pack.safetensors"
-    save_pack(Pack(pack.header.model_copy(update={"num_modalities": 2}), layers), path)
-    return path
-
-
-def refusal(kind: type[Exception], config: SimpleNamespace) -> str:
-    with pytest.raises(kind) as raised:
-        check(config)
-    assert type(raised.value) is kind
-    return str(raised.value)
 
 
 def test_a_fitting_configuration_passes_without_a_word(pack, caplog):
@@ -358,41 +256,6 @@ def test_layers_that_draft_are_not_in_the_pack(pack):
         assert "selected for the layers that draft" in message and "no codecs" in message
     check(engine(pack, speculative_config=drafter("ngram"), attention_config=inherited))
     check(engine(pack, speculative_config=drafter("eagle", "FLASH_ATTN")))
-
-
-def test_pipeline_stages_do_not_know_the_modality(pack_of_two_modalities):
-    parallel = {"pipeline_parallel_size": 2}
-    message = refusal(ConfigError, engine(pack_of_two_modalities, parallel_config=parallel))
-    assert "--pipeline-parallel-size is 2" in message and "only the first stage" in message
-    assert "modalities: 1" in message
-    check(engine(pack_of_two_modalities))
-
-
-def test_micro_batches_do_not_know_the_modality(pack_of_two_modalities, pack):
-    parallel = {"use_ubatching": True}
-    message = refusal(ConfigError, engine(pack_of_two_modalities, parallel_config=parallel))
-    assert "--enable-dbo" in message and "modalities: 1" in message
-    check(engine(pack, parallel_config=parallel))
-
-
-@pytest.mark.parametrize("how", ["partition", "breakable"])
-def test_graphs_do_not_know_the_modality(how, pack_of_two_modalities, pack, monkeypatch):
-    """What a graph captures of a step is the same in all: it may not hold the cache update."""
-
-    def asked(mode):
-        changes = {"cudagraph_mode": mode}
-        if how == "partition":
-            changes["splitting_ops"] = list(CompilationConfig._attention_ops)
-        return {"compilation_config": changes}
-
-    if how == "breakable":
-        monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
-    piecewise = asked(CUDAGraphMode.FULL_AND_PIECEWISE)
-    message = refusal(ConfigError, engine(pack_of_two_modalities, **piecewise))
-    assert "FULL_DECODE_ONLY" in message and "modalities: 1" in message
-    check(engine(pack, **piecewise))
-    for mode in (CUDAGraphMode.FULL_DECODE_ONLY, CUDAGraphMode.NONE):
-        check(engine(pack_of_two_modalities, **asked(mode)))
 
 
 # The fingerprint

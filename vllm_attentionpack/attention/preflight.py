@@ -206,7 +206,7 @@ def check_anchor_options(vllm_config: Any) -> None:
     if _captures_cache_update(vllm_config.compilation_config):
         raise ConfigError(
             f"{_CAPTURED}, and the pack codes keys relative to anchors, which differ from step to "
-            "step. Leave these options out, or set cudagraph_mode to NONE. "
+            "step. Leave these options out, or set cudagraph_mode to FULL_DECODE_ONLY. "
             f"{advice}"
         )
 
