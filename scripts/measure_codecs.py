@@ -73,7 +73,7 @@ def main() -> int:
             assembler = setting.assembler(
                 max(setting.group_sizes), options.max_context, anchor_span=span
             )
-            for ratio, beside in product((4.0, 8.0), (ExactTokens(), kept)):
+            for ratio, beside in product((4.0, 8.0, 16.0), (ExactTokens(), kept)):
                 what = [exact] if beside else []
                 what = ", ".join([*what, f"anchors every {span}"])
                 assembled = setting.priced(assembler, exact=beside, ratio=ratio).at(ratio)

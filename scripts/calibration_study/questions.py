@@ -285,7 +285,8 @@ def rotation(study: Study) -> None:
             fitted = setting.priced(assembler, exact=kept, ratio=study.ratio)
             codec = study.codec(fitted, exact=kept)
             name = _SPAN_NAMES.get(span, f"anchors every {span} tokens") + beside
-            study.add("rotation", name, codec, span=span, gain=_key_gain(fitted))
+            gain = _key_gain(fitted)
+            study.add("rotation", name, codec, span=span, exact=bool(kept), gain=gain)
 
 
 def _key_gain(fitted: Fitted) -> float:

@@ -73,7 +73,8 @@ class AttentionPackMetadataBuilder(AttentionMetadataBuilder[AttentionPackMetadat
         self.dense_prefill = _dense_prefill(state, [layer.impl for layer in layers.values()])
         # A captured graph reads the address that it saw at capture: one buffer for all steps.
         requests = vllm_config.scheduler_config.max_num_seqs + 1
-        spans = -(-vllm_config.model_config.max_model_len // self.span) if self.span else 0
+        # One more than the longest request has: what is scheduled ahead may reach into it.
+        spans = vllm_config.model_config.max_model_len // self.span + 2 if self.span else 0
         self.context_lens = torch.zeros(requests, dtype=torch.int32, device=device)
         self.anchors = torch.zeros(requests, spans, dtype=torch.int64, device=device)
 

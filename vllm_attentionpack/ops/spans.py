@@ -102,11 +102,13 @@ def context_pieces(batch: QueryBatch, size: int) -> list[Piece]:
         batch: of the step.
         size: tokens of a span.
     """
-    entries = []
-    for request, (first, stop) in enumerate(pairwise(batch.host_starts)):
-        context = batch.max_seq_lens[request] - (stop - first)
-        if stop > first:
-            entries += [(request, span, first, stop) for span in range(max(1, -(-context // size)))]
+    starts = np.array(batch.host_starts)
+    lengths = np.diff(starts)
+    contexts = np.array(batch.max_seq_lens) - lengths
+    counts = np.where(lengths > 0, np.maximum(1, -(-contexts // size)), 0)
+    requests = np.repeat(np.arange(len(counts)), counts)
+    spans = np.arange(len(requests)) - (counts.cumsum() - counts)[requests]
+    entries = np.stack([requests, spans, starts[requests], starts[requests + 1]], axis=1)
     return _in_calls(entries, batch, size, causal=False)
 
 
@@ -135,31 +137,28 @@ def causal_pieces(batch: QueryBatch, size: int, stops: Sequence[int]) -> list[Pi
                 whole.append((request, span, every, stop))
             if some < every:
                 partly.append((request, span, some, every))
-    pieces = _in_calls(whole, batch, size, causal=False)
-    return pieces + _in_calls(partly, batch, size, causal=True)
+    return [
+        piece
+        for entries, causal in ((whole, False), (partly, True))
+        for piece in _in_calls(np.array(entries).reshape(-1, 4), batch, size, causal)
+    ]
 
 
-def _in_calls(
-    entries: list[tuple[int, int, int, int]], batch: QueryBatch, size: int, causal: bool
-) -> list[Piece]:
-    """Entries are (request, span, first query, one past the last)."""
-    entries = sorted(entries, key=lambda entry: entry[1])
+def _in_calls(entries: np.ndarray, batch: QueryBatch, size: int, causal: bool) -> list[Piece]:
+    """Entries `[V, 4]` are (request, span, first query, one past the last)."""
+    entries = entries[entries[:, 1].argsort(kind="stable")]
+    queries = (entries[:, 3] - entries[:, 2]).cumsum()
     pieces, start, taken = [], 0, 0
-    for index, (_, _, first, stop) in enumerate(entries):
-        if taken and taken + stop - first > MAX_TURNED:
-            pieces.append(_piece(entries[start:index], batch, size, causal))
-            start, taken = index, 0
-        taken += stop - first
-    if taken:
-        pieces.append(_piece(entries[start:], batch, size, causal))
+    while start < len(entries):
+        stop = max(start + 1, int(queries.searchsorted(taken + MAX_TURNED, side="right")))
+        pieces.append(_piece(entries[start:stop], batch, size, causal))
+        start, taken = stop, queries[stop - 1]
     return pieces
 
 
-def _piece(
-    entries: list[tuple[int, int, int, int]], batch: QueryBatch, size: int, causal: bool
-) -> Piece:
+def _piece(entries: np.ndarray, batch: QueryBatch, size: int, causal: bool) -> Piece:
     device = batch.query_start_loc.device
-    requests, spans, firsts, stops = np.array(entries).T
+    requests, spans, firsts, stops = entries.T
     lengths = stops - firsts
     starts = np.concatenate([[0], lengths.cumsum()])
     owners = np.repeat(np.arange(len(entries)), lengths)

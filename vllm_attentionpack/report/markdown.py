@@ -154,9 +154,32 @@ def _window(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _rotation(result: dict[str, Any]) -> str:
+    """Keys as they come and relative to anchors, alone and beside exact tokens."""
+    groups = list(result["dense"])
+    names = " / ".join(group.partition("=")[2] for group in groups)
+    rows = [row for row in result["rows"] if "span" in row]
+    alone, beside = ([row for row in rows if row["exact"] is kept] for kept in (False, True))
+    lines = [f"| keys | KL {names} | beside exact tokens | gain of keys, dB |", "|---|---|---|---|"]
+    for row, other in zip(alone, beside, strict=True):
+        cells = [
+            " / ".join(f"{found['groups'][g]['kl']:.6f}" for g in groups) for found in (row, other)
+        ]
+        lines.append(f"| {row['name']} | {' | '.join(cells)} | {row['gain']:.1f} |")
+    options, subject = result["options"], result["subject"]
+    lines += [
+        "",
+        f"{float(options['ratio']):g}x; statistics of keys averaged over a span, or over "
+        f"{int(options['max_context']):,} positions as they come; {subject['mean_context']:.0f} "
+        f"tokens per prompt on average, {DEFAULT_SINKS} + {DEFAULT_WINDOW} exact. Gain: the "
+        "energy of keys over what two bits per element would leave of it.",
+    ]
+    return "\n".join(lines)
+
+
 _DEFAULT_EXACT = (DEFAULT_SINKS, DEFAULT_WINDOW)
 #: Sinks and windows that a document may choose of those that a file holds.
 _CHOSEN = {"default": (_DEFAULT_EXACT,), "some": ((0, 0), (4, 32), _DEFAULT_EXACT)}
 _SHOWN_KINDS = ("modality=visual", "kind=passage", "kind=recall", "kind=text")
 
-_TABLES = {"window": _window, "packs": _packs, "codecs": _codecs}
+_TABLES = {"window": _window, "packs": _packs, "codecs": _codecs, "rotation": _rotation}
