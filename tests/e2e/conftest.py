@@ -101,6 +101,7 @@ def calibrated(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> Ca
         [Wanted(8.0), Wanted(full_rank), Wanted(8.0, DEFAULT_SINKS, DEFAULT_WINDOW)],
         group_size=2,
         max_model_len=1024,
+        anchor_span=128,  # a third of the prompts reaches beyond it
         sensitivity="uniform",  # measured ones take minutes
     )
     folder = tmp_path_factory.mktemp("packs")

@@ -57,6 +57,7 @@ def runs(engines: Any, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         8.0,
         folder / "pack",
         group_size=1,
+        anchor_span=32,
         sensitivity="uniform",
         max_tokens=6000,
         max_model_len=ARGUMENTS["max_model_len"],
