@@ -262,8 +262,7 @@ class StepSpans:
         assert codec.anchors is not None
         rotary = codec.anchors.rotary
         merged: Part | None = None
-        pieces = causal_pieces(self.batch, self.size, stops.tolist()) if causal else self._pieces
-        for piece in pieces:
+        for piece in self._causal_pieces(stops) if causal else self._pieces:
             cos, sin = self._turns(piece, rotary)
             local_starts, local_stops = piece.bounds(starts, stops, self.size)
             attended = ops.paged_attention(
@@ -283,6 +282,10 @@ class StepSpans:
             lse = torch.full(query.shape[:2], float("-inf"), device=query.device)
             return torch.zeros(query.shape, device=query.device), lse
         return merged
+
+    def _causal_pieces(self, stops: Tensor) -> list[Piece]:
+        known = tuple(stops.tolist())
+        return self._derived.get(known, lambda: causal_pieces(self.batch, self.size, known))
 
     def _turns(self, piece: Piece, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """Cosines and sines `[N, P]` of the anchor that each turned query meets."""
@@ -327,4 +330,4 @@ def _merge_rows(out: Tensor, lse: Tensor, rows: Tensor) -> Part:
     logs = lse[rows].masked_fill_(missing[..., None], float("-inf"))  # [T, n, Hq]
     total = logs.logsumexp(1)
     shares = (logs - torch.where(total.isinf(), 0.0, total)[:, None]).exp_()
-    return torch.einsum("tnh,tnhd->thd", shares, out[rows]), total
+    return out[rows].mul_(shares[..., None]).sum(1), total
