@@ -11,8 +11,10 @@ from safetensors import safe_open
 
 from vllm_attentionpack.calibrate import run
 from vllm_attentionpack.calibrate.run import calibrate
+from vllm_attentionpack.calibrate.settings import DEFAULT_ANCHOR_SPAN
 from vllm_attentionpack.errors import BudgetError, CalibrationDataError, ConfigError
 from vllm_attentionpack.packfile import load_pack
+from vllm_attentionpack.packfile.schema import RotaryHeader
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("no_engine")]
 
@@ -54,6 +56,11 @@ def test_reference_vlm_twice_gives_the_same_pack(tmp_path: Path) -> None:
     assert header.compression_ratio >= 8
     assert header.bytes_per_token <= 2048 / 8  # 4 layers x 2 heads x 64 dims x (K, V) x 2 bytes
     assert (header.heads_per_group, header.num_modalities, header.max_context) == (2, 2, 8192)
+    assert header.anchor_span == DEFAULT_ANCHOR_SPAN < header.max_context
+    assert all(layer.rotary == RotaryHeader(planes=32) for layer in header.layers)
+    frequencies = 10000 ** (-torch.arange(32) / 32)
+    rotary = load_pack(files[0]).codec(3).anchors.rotary
+    torch.testing.assert_close(rotary.frequencies.float(), frequencies)
     # one wave (32 prompts) beyond the limit at most, and no token of start-up or generation
     assert 2000 <= header.provenance.tokens < 8000
     assert 64 <= header.provenance.visual_tokens < header.provenance.tokens / 2

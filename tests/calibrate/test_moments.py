@@ -104,6 +104,15 @@ def test_rotated_moments_are_those_of_every_position_alike() -> None:
     close(result.value.mean[0], mean)
 
 
+def test_keys_may_be_averaged_over_fewer_positions_than_queries() -> None:
+    near, far = (accumulate(ROTARY, 100, 100, visual=None).finalize(n, 1) for n in (37, 1000))
+    anchored = accumulate(ROTARY, 100, 100, visual=None).finalize(1000, 1, key_positions=37)
+    close(anchored.key.second, near.key.second)
+    close(anchored.key.mean, near.key.mean)
+    close(anchored.query, far.query)
+    assert not torch.allclose(anchored.key.second, far.key.second)
+
+
 def test_visual_tokens_alone_are_one_modality() -> None:
     moments = accumulate(None, T, visual=torch.ones(T, dtype=torch.bool))
     assert moments.count.tolist() == [0, T]
