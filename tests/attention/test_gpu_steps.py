@@ -269,6 +269,32 @@ def test_the_cache_that_vllm_measures_graphs_with_is_not_the_one_reported(monkey
     assert f"{700 * BLOCK_SIZE} tokens fit (700 blocks of {BLOCK_SIZE})" in line
 
 
+def test_a_profiling_run_takes_the_memory_of_turned_queries(monkeypatch):
+    codec = LAYER.codec(CPU)
+    codec.anchors = Anchors(Rotary(torch.ones(32, dtype=torch.float64)), 512)
+    monkeypatch.setattr(spans_module, "MAX_TURNED", 300)
+    monkeypatch.setattr(impl_module, "MAX_TURNED", 300)
+    taken = []
+    impl = layer_impl(codec, None)
+    impl.state.ops = SimpleNamespace(reserve=lambda *args: taken.append(args))
+    impl.state.most_spans = 4
+    query = torch.empty(50, 8, 64, dtype=torch.bfloat16)
+    reserved = most_bytes(
+        lambda: impl.forward(None, query, query, query, torch.empty(0), None, torch.ones(50, 512))
+    )
+    assert taken == [(300, 8, codec)]
+    spans = builder(CPU, span=512).build(0, common(CPU, [1] * 8, [2000] * 8)).spans
+    (piece,) = spans._pieces
+    cos, sin = spans._turns(piece, codec.anchors.rotary)
+
+    def turn():
+        codec.anchors.rotary.turn_by(query[:8][piece.tokens], cos, -sin)
+
+    turned = most_bytes(turn)
+    assert len(piece.tokens) == 32
+    assert reserved * 32 / 300 >= 0.9 * turned
+
+
 def most_bytes(step):
     """How much memory of the CPU `step` holds at a time, beyond what it leaves behind."""
     with torch.profiler.profile(profile_memory=True) as seen:

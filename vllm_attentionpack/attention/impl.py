@@ -17,7 +17,7 @@ from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.compat import modality_mask
 from vllm_attentionpack.errors import UnsupportedModelError
 from vllm_attentionpack.kv_cache.spec import block_view
-from vllm_attentionpack.ops.spans import MAX_TURNED
+from vllm_attentionpack.ops.spans import MAX_TURNED, reserve_turns
 
 #: Output and log-sum-exp of the attention to some of the keys.
 Part = tuple[Tensor, Tensor]
@@ -125,6 +125,7 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
             if self.codec is not None:
                 tokens = query.shape[0]
                 if self.codec.anchors is not None and self.state.most_spans > 1:
+                    reserve_turns(query)
                     tokens = max(tokens, MAX_TURNED)
                 self.state.ops.reserve(tokens, self.num_heads, self.codec)
             return output.fill_(0)

@@ -95,6 +95,16 @@ class Piece:
         return (starts[self.requests] - first).clamp(min=0), local_stops
 
 
+def reserve_turns(query: Tensor) -> None:
+    """Takes and frees what turning the most queries takes, alike to `query` `[..., Hq, D]`.
+
+    They are gathered, widened to float32, turned, and brought back to their dtype.
+    """
+    size = 2 * query.element_size() + 2 * torch.float32.itemsize
+    shape = (MAX_TURNED, *query.shape[-2:], size)
+    torch.empty(shape, dtype=torch.uint8, device=query.device)
+
+
 def context_pieces(batch: QueryBatch, size: int) -> list[Piece]:
     """The spans of every request's context, each met by all queries of the request.
 
