@@ -233,7 +233,7 @@ def test_which_batches_are_captured(ops, prefill, exact, wanted):
         ops_name=ops,
         prefill=prefill,
         config=SimpleNamespace(exact_prefill=exact),
-        pack=SimpleNamespace(header=SimpleNamespace(anchor_span=0)),
+        span=0,
     )
     assert EngineState.cudagraph_support(state, 512) == wanted
 

@@ -14,7 +14,8 @@ from vllm_attentionpack.packfile import save_pack
 
 pytestmark = pytest.mark.engine
 
-SPAN = 32
+#: Neither of whole blocks nor whole parts of one.
+SPAN = 40
 #: Of tokens: several chunks to a prompt, which begin and end within spans.
 CHUNK = 72
 

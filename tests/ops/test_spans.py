@@ -14,24 +14,28 @@ from vllm_attentionpack.ops.spans import StepSpans, causal_pieces, context_piece
 CONTEXTS = [0, 1, 47, 48, 49, 200, 0, 96]
 FRESH = [5, 1, 1, 3, 1, 60, 100, 2]
 SIZE, BLOCK = 48, 16
+#: Spans of whole blocks, blocks of whole spans, and neither.
+SIZES = [(48, 16), (16, 48), (48, 32), (32, 48)]
 SCALE = 0.2
 
 
-def case_of(interleaved: bool = False) -> tuple[LayerCodec, PagedBatch, StepSpans]:
+def case_of(
+    interleaved: bool = False, size: int = SIZE, block: int = BLOCK
+) -> tuple[LayerCodec, PagedBatch, StepSpans]:
     """The batch's keys are those that are stored, that is, turned back already."""
     codec = random_codec(2, 2, 32, 2, padding=3)
     rotary = Rotary(0.7 ** torch.arange(12, dtype=torch.float64), interleaved)
-    codec.anchors = Anchors(rotary, SIZE)
-    case = paged_batch(codec, 4, CONTEXTS, FRESH, BLOCK)
-    count = -(-int(case.seq_lens.max()) // SIZE)
+    codec.anchors = Anchors(rotary, size)
+    case = paged_batch(codec, 4, CONTEXTS, FRESH, block)
+    count = -(-int(case.seq_lens.max()) // size)
     # Not the tokens' indices: images take up fewer positions.
     anchors = torch.arange(count) * 31 + torch.arange(len(CONTEXTS))[:, None] * 3
-    steps = StepSpans(SIZE, anchors, case.batch, case.context_lens, case.block_table, BLOCK)
+    steps = StepSpans(size, anchors, case.batch, case.context_lens, case.block_table, block)
     return codec, case, steps
 
 
 def anchors_of(steps: StepSpans, row: int, tokens: int) -> torch.Tensor:
-    return steps.anchors[row, torch.arange(tokens) // SIZE]
+    return steps.anchors[row, torch.arange(tokens) // steps.size]
 
 
 def check(ops, codec, case, steps, starts, stops, causal, tolerance):
@@ -51,11 +55,11 @@ def check(ops, codec, case, steps, starts, stops, causal, tolerance):
 
 
 @pytest.mark.parametrize("ops", [reference, cpu], ids=["reference", "cpu"])
-@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("ranged", [False, True])
-def test_spans_match_the_oracle(ops, interleaved, causal, ranged):
-    codec, case, steps = case_of(interleaved)
+def test_spans_match_the_oracle(ops, sizes, causal, ranged):
+    codec, case, steps = case_of(causal, *sizes)
     starts, stops = None, case.seq_lens if causal else case.context_lens
     if ranged:
         starts, stops = torch.tensor([0, 1, 4, 50, 49, 60, 3, 100]), stops - 20
@@ -65,8 +69,8 @@ def test_spans_match_the_oracle(ops, interleaved, causal, ranged):
 def test_in_many_calls(monkeypatch):
     monkeypatch.setattr(spans, "MAX_TURNED", 70)
     codec, case, steps = case_of()
-    assert len(context_pieces(case.batch, SIZE)) > 3
-    assert len(causal_pieces(case.batch, SIZE, case.seq_lens.tolist())) > 3
+    assert len(context_pieces(case.batch, SIZE, BLOCK)) > 3
+    assert len(causal_pieces(case.batch, SIZE, BLOCK, case.seq_lens.tolist())) > 3
     check(reference, codec, case, steps, None, case.context_lens, False, 1e-4)
     check(reference, codec, case, steps, None, case.seq_lens, True, 1e-4)
 
@@ -84,8 +88,8 @@ def test_each_query_meets_each_span_once():
         batch = QueryBatch.build(starts, lengths, torch.device("cpu"))
         size = 8
         seen = {token: [] for token in range(sum(fresh))}
-        for piece in causal_pieces(batch, size, lengths):
-            _, stops = piece.bounds(None, torch.tensor(lengths), size)
+        for piece in causal_pieces(batch, size, size, lengths):
+            _, stops = piece.bounds(None, torch.tensor(lengths), size, size)
             for v, (request, span) in enumerate(
                 zip(piece.requests.tolist(), piece.spans.tolist(), strict=True)
             ):

@@ -69,7 +69,7 @@ class AttentionPackMetadataBuilder(AttentionMetadataBuilder[AttentionPackMetadat
         state.report(kv_cache_spec, vllm_config)
         state.warm_up(layers, kv_cache_spec, vllm_config)
         self.block_size = kv_cache_spec.block_size
-        self.span = state.span(self.block_size)
+        self.span = state.span
         self.dense_prefill = _dense_prefill(state, [layer.impl for layer in layers.values()])
         # A captured graph reads the address that it saw at capture: one buffer for all steps.
         requests = vllm_config.scheduler_config.max_num_seqs + 1

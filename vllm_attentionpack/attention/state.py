@@ -156,14 +156,15 @@ class EngineState:
         return self.prefill == DENSE and self.config.exact_prefill
 
     @property
+    def span(self) -> int:
+        """Tokens that share an anchor; 0 if no request can have a second span."""
+        span = self.pack.header.anchor_span
+        return span if span < self.max_model_len else 0
+
+    @property
     def most_spans(self) -> int:
         """Of the longest request, where keys have anchors; one for none."""
-        return -(-self.max_model_len // (self.pack.header.anchor_span or self.max_model_len))
-
-    def span(self, block_size: int) -> int:
-        """Tokens that share an anchor, whole blocks; 0 if no request can have a second span."""
-        size = -(-self.pack.header.anchor_span // block_size) * block_size
-        return size if size < self.max_model_len else 0
+        return -(-self.max_model_len // (self.span or self.max_model_len))
 
     @property
     def has_exact_cache(self) -> bool:
@@ -179,7 +180,7 @@ class EngineState:
         """
         if self.ops_name != "triton" or not self.config.exact_prefill:
             return AttentionCGSupport.NEVER
-        if self.pack.header.anchor_span and most_captured * self.most_spans > MAX_TURNED:
+        if self.span and most_captured * self.most_spans > MAX_TURNED:
             # A graph does the work of the longest requests whatever is asked of it.
             return AttentionCGSupport.NEVER
         if self.prefill == UNCAPTURED:

@@ -119,7 +119,7 @@ class Anchors:
 
     Attributes:
         rotary: how the layer turns its heads.
-        span: tokens that share an anchor; the server rounds it up to whole blocks.
+        span: tokens that share an anchor.
     """
 
     rotary: Rotary

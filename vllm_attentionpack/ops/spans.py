@@ -77,22 +77,24 @@ class Piece:
     causal: bool
 
     def bounds(
-        self, starts: Tensor | None, stops: Tensor, size: int
+        self, starts: Tensor | None, stops: Tensor, size: int, block_size: int
     ) -> tuple[Tensor | None, Tensor]:
-        """Where each span is read from and to, counted from its first token.
+        """Where each span is read from and to, counted from the block that its first token is in.
 
         Args:
             starts: int `[B]`, see `paged_attention`.
             stops: int `[B]`.
             size: tokens of a span.
+            block_size: `S`.
         """
         # In the dtypes that are given: kernels are compiled for them.
         first = (self.spans * size).to(stops.dtype)
+        offset = first % block_size
         # All queries of a causal piece but the last see less; those that see it all are elsewhere.
-        local_stops = (stops[self.requests] - first).clamp(max=size - self.causal)
+        seen = (stops[self.requests] - first).clamp(max=size - self.causal)
         if starts is None:
-            return None, local_stops
-        return (starts[self.requests] - first).clamp(min=0), local_stops
+            return offset if size % block_size else None, seen + offset
+        return (starts[self.requests] - first).clamp(min=0) + offset, seen + offset
 
 
 def reserve_turns(query: Tensor) -> None:
@@ -105,12 +107,13 @@ def reserve_turns(query: Tensor) -> None:
     torch.empty(shape, dtype=torch.uint8, device=query.device)
 
 
-def context_pieces(batch: QueryBatch, size: int) -> list[Piece]:
+def context_pieces(batch: QueryBatch, size: int, block_size: int) -> list[Piece]:
     """The spans of every request's context, each met by all queries of the request.
 
     Args:
         batch: of the step.
         size: tokens of a span.
+        block_size: `S`.
     """
     starts = np.array(batch.host_starts)
     lengths = np.diff(starts)
@@ -119,10 +122,12 @@ def context_pieces(batch: QueryBatch, size: int) -> list[Piece]:
     requests = np.repeat(np.arange(len(counts)), counts)
     spans = np.arange(len(requests)) - (counts.cumsum() - counts)[requests]
     entries = np.stack([requests, spans, starts[requests], starts[requests + 1]], axis=1)
-    return _in_calls(entries, batch, size, causal=False)
+    return _in_calls(entries, batch, size + block_size, causal=False)
 
 
-def causal_pieces(batch: QueryBatch, size: int, stops: Sequence[int]) -> list[Piece]:
+def causal_pieces(
+    batch: QueryBatch, size: int, block_size: int, stops: Sequence[int]
+) -> list[Piece]:
     """The same where each query sees one token less than the next.
 
     A query that sees all of a span meets it like a context; only those that end within it are
@@ -131,6 +136,7 @@ def causal_pieces(batch: QueryBatch, size: int, stops: Sequence[int]) -> list[Pi
     Args:
         batch: of the step.
         size: tokens of a span.
+        block_size: `S`.
         stops: what the last query of each request sees.
     """
     whole, partly = [], []
@@ -150,23 +156,26 @@ def causal_pieces(batch: QueryBatch, size: int, stops: Sequence[int]) -> list[Pi
     return [
         piece
         for entries, causal in ((whole, False), (partly, True))
-        for piece in _in_calls(np.array(entries).reshape(-1, 4), batch, size, causal)
+        for piece in _in_calls(np.array(entries).reshape(-1, 4), batch, size + block_size, causal)
     ]
 
 
-def _in_calls(entries: np.ndarray, batch: QueryBatch, size: int, causal: bool) -> list[Piece]:
-    """Entries `[V, 4]` are (request, span, first query, one past the last)."""
+def _in_calls(entries: np.ndarray, batch: QueryBatch, longest: int, causal: bool) -> list[Piece]:
+    """Entries `[V, 4]` are (request, span, first query, one past the last).
+
+    No span reaches beyond `longest` tokens of its blocks.
+    """
     entries = entries[entries[:, 1].argsort(kind="stable")]
     queries = (entries[:, 3] - entries[:, 2]).cumsum()
     pieces, start, taken = [], 0, 0
     while start < len(entries):
         stop = max(start + 1, int(queries.searchsorted(taken + MAX_TURNED, side="right")))
-        pieces.append(_piece(entries[start:stop], batch, size, causal))
+        pieces.append(_piece(entries[start:stop], batch, longest, causal))
         start, taken = stop, queries[stop - 1]
     return pieces
 
 
-def _piece(entries: np.ndarray, batch: QueryBatch, size: int, causal: bool) -> Piece:
+def _piece(entries: np.ndarray, batch: QueryBatch, longest: int, causal: bool) -> Piece:
     device = batch.query_start_loc.device
     requests, spans, firsts, stops = entries.T
     lengths = stops - firsts
@@ -188,7 +197,7 @@ def _piece(entries: np.ndarray, batch: QueryBatch, size: int, causal: bool) -> P
         on_device(tokens),
         on_device(owners),
         on_device(rows),
-        QueryBatch.build(starts.tolist(), (size + lengths).tolist(), device),
+        QueryBatch.build(starts.tolist(), (longest + lengths).tolist(), device),
         causal,
     )
 
@@ -197,7 +206,7 @@ class StepSpans:
     """The anchors of one step, and what all layers derive from them alike.
 
     Args:
-        size: tokens of a span, whole blocks.
+        size: tokens of a span.
         anchors: int64 `[B, n]`, the position of the first token of each span.
         batch: of the step.
         context_lens: int `[B]`, tokens of each request before this step.
@@ -217,7 +226,7 @@ class StepSpans:
         self.size, self.anchors, self.batch = size, anchors, batch
         self.context_lens, self.block_table, self.block_size = context_lens, block_table, block_size
         # Here, not in the first layer: a graph must not capture copies from the host.
-        self._pieces = context_pieces(batch, size)
+        self._pieces = context_pieces(batch, size, block_size)
         self._derived = _Derived(anchors.device)
 
     def of(self, requests: Tensor, batch: QueryBatch) -> "StepSpans":
@@ -274,7 +283,7 @@ class StepSpans:
         merged: Part | None = None
         for piece in self._causal_pieces(stops) if causal else self._pieces:
             cos, sin = self._turns(piece, rotary)
-            local_starts, local_stops = piece.bounds(starts, stops, self.size)
+            local_starts, local_stops = piece.bounds(starts, stops, self.size, self.block_size)
             attended = ops.paged_attention(
                 ops.absorb_query(rotary.turn_by(query[piece.tokens], cos, -sin), codec, scale),
                 kv_cache,
@@ -295,7 +304,9 @@ class StepSpans:
 
     def _causal_pieces(self, stops: Tensor) -> list[Piece]:
         known = tuple(stops.tolist())
-        return self._derived.get(known, lambda: causal_pieces(self.batch, self.size, known))
+        return self._derived.get(
+            known, lambda: causal_pieces(self.batch, self.size, self.block_size, known)
+        )
 
     def _turns(self, piece: Piece, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """Cosines and sines `[N, P]` of the anchor that each turned query meets."""
@@ -306,14 +317,16 @@ class StepSpans:
         return self._derived.get((piece, rotary), make)
 
     def _blocks(self, piece: Piece) -> Tensor:
-        """int32 `[V, blocks of a span]`: the block table of a piece."""
+        """int32 `[V, blocks]`: the block table of a piece."""
+        size, block_size = self.size, self.block_size
+        # Spans that do not divide blocks, nor blocks them, reach into one more.
+        blocks = -(-size // block_size) + bool(size % block_size and block_size % size)
 
         def make() -> Tensor:
-            blocks = self.size // self.block_size
-            missing = self.anchors.shape[1] * blocks - self.block_table.shape[1]
-            table = torch.nn.functional.pad(self.block_table, (0, max(0, missing)))
-            columns = piece.spans[:, None] * blocks + torch.arange(blocks, device=table.device)
-            return table[piece.requests[:, None], columns]
+            table = self.block_table
+            columns = torch.arange(blocks, device=table.device)
+            columns = piece.spans[:, None] * size // block_size + columns
+            return table[piece.requests[:, None], columns.clamp(max=table.shape[1] - 1)]
 
         return self._derived.get(piece, make)
 
