@@ -110,10 +110,10 @@ def _codecs(result: dict[str, Any]) -> str:
     ]
     verdicts = {True: "met", False: "**missed**", None: "reported"}
     for goal in goals(result):
-        form = "{:.1%}" if goal.text.startswith("accuracy") else "{:.6f}"
+        form = "{:.1%}" if goal.text.startswith("accuracy") else "{:.7f}"
         value, bound = form.format(goal.value), form.format(goal.bound)
         if goal.error is not None:
-            value += f" ± {goal.error:.6f}"
+            value += f" ± {goal.error:.7f}"
         kind = f"{goal.group.partition('=')[2]}, {goal.items}"
         lines.append(f"| {goal.text} | {kind} | {value} | {bound} | {verdicts[goal.passed]} |")
     for group, ratio in breaking_ratios(result).items():
