@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--captured-tokens", type=int, default=16_384, help="for OSCAR's rotations")
     parser.add_argument("--ratios", type=float, nargs="+", default=[4, 5, 6, 8, 10, 12, 16])
     parser.add_argument("--exact-ratios", type=float, nargs="+", default=[4, 6, 8, 10, 12, 16])
-    parser.add_argument("--short-spans", type=int, nargs="*", default=[64], help="of anchors, too")
+    parser.add_argument("--short-spans", type=int, nargs="*", default=[64, 16, 1])
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--recent", type=int, default=64)
     options = parser.parse_args()
@@ -75,7 +75,8 @@ def main() -> int:
             )
             for ratio, beside in product((4.0, 8.0, 16.0), (ExactTokens(), kept)):
                 what = [exact] if beside else []
-                what = ", ".join([*what, f"anchors every {span}"])
+                keys = f"anchors every {span}" if span > 1 else "un-rotated keys"
+                what = ", ".join([*what, keys])
                 assembled = setting.priced(assembler, exact=beside, ratio=ratio).at(ratio)
                 codec = PackCodec(setting.shape, assembled.codecs(table.device), beside)
                 table.add(f"ours, {what}", f"ours {ratio:g}x codes, {what}", codec)
