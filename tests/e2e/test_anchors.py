@@ -14,20 +14,24 @@ from vllm_attentionpack.packfile import save_pack
 
 pytestmark = pytest.mark.engine
 
-#: Neither of whole blocks nor whole parts of one.
-SPAN = 40
+#: Neither of whole blocks nor whole parts of one, and so short that keys are rebuilt.
+SPANS = [40, 6]
 #: Of tokens: several chunks to a prompt, which begin and end within spans.
 CHUNK = 72
 
 
-@pytest.fixture(scope="module")
-def anchored_pack(dense, tmp_path_factory):
-    """Keeps bfloat16 keys and values, keys turned back."""
-    rotary = Rotary(10000.0 ** -(torch.arange(32, dtype=torch.float64) / 32))
-    path = tmp_path_factory.mktemp("packs") / "anchored.safetensors"
-    anchors = Anchors(rotary, SPAN)
-    save_pack(identity_pack(dense.fingerprint, dense.layer_names, anchors=anchors), path)
-    return path
+@pytest.fixture
+def anchored(dense, tmp_path):
+    """Makes packs that keep bfloat16 keys and values, keys turned back."""
+
+    def make(span):
+        rotary = Rotary(10000.0 ** -(torch.arange(32, dtype=torch.float64) / 32))
+        path = tmp_path / "anchored.safetensors"
+        anchors = Anchors(rotary, span)
+        save_pack(identity_pack(dense.fingerprint, dense.layer_names, anchors=anchors), path)
+        return path
+
+    return make
 
 
 def answers(engine, prompts, greedy, **options):
@@ -35,10 +39,17 @@ def answers(engine, prompts, greedy, **options):
         return engine.generate(prompts, greedy, **options)
 
 
-@pytest.mark.parametrize("exact_prefill", [True, False])
-@pytest.mark.parametrize("exact", [{}, {"sinks": 4, "window": 24}], ids=["codes", "exact"])
+@pytest.mark.parametrize(
+    ("span", "exact", "exact_prefill"),
+    [
+        (SPANS[0], {}, False),
+        (SPANS[0], {"sinks": 4, "window": 24}, True),
+        (SPANS[1], {"sinks": 4, "window": 24}, False),
+        (SPANS[1], {}, True),
+    ],
+)
 def test_answers_are_those_of_keys_as_they_come(
-    engines, dense, anchored_pack, greedy, exact_prefill, exact, monkeypatch
+    engines, dense, anchored, greedy, span, exact, exact_prefill, monkeypatch
 ):
     met = []
     attend = StepSpans.attend
@@ -48,7 +59,7 @@ def test_answers_are_those_of_keys_as_they_come(
         return attend(self, *args)
 
     monkeypatch.setattr(StepSpans, "attend", record)
-    section = compacted(anchored_pack, exact_prefill=exact_prefill, **exact)
+    section = compacted(anchored(span), exact_prefill=exact_prefill, **exact)
     engine = engines.get(MODEL, block_size=16, dtype="float32", **section)
     prompts, want = dense.prompts[::2], dense.outputs[::2]
     cold = answers(engine, prompts, greedy)
@@ -64,7 +75,7 @@ def test_answers_are_those_of_keys_as_they_come(
 
 @pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="needs AVX-512")
 def test_dense_prefill_turns_keys_to_where_they_stood(
-    engines, dense, anchored_pack, greedy, monkeypatch
+    engines, dense, anchored, greedy, monkeypatch
 ):
     contexts = []
     attend = DensePrefill.attend
@@ -77,26 +88,22 @@ def test_dense_prefill_turns_keys_to_where_they_stood(
     lengths = [len(output.prompt_token_ids) for output in dense.outputs]
     prompts = [p for p, n in zip(dense.prompts, lengths, strict=True) if n > 2 * CHUNK][:12]
     stock = answers(engines.get(MODEL, dtype="bfloat16"), prompts, greedy)
-    section = compacted(anchored_pack, prefill="dense")
+    section = compacted(anchored(SPANS[0]), prefill="dense")
     engine = engines.get(MODEL, dtype="bfloat16", block_size=16, **section)
     found = agreement(stock, answers(engine, prompts, greedy))
-    assert max(contexts) > 2 * SPAN
+    assert max(contexts) > 2 * SPANS[0]
     assert found.share >= 0.9
     assert all(gap <= 0.2 for gap in found.gaps)
 
 
-def test_contexts_within_a_span_are_served_as_ever(engines, dense, exact_pack, greedy, tmp_path):
+def test_contexts_within_a_span_are_served_as_ever(engines, dense, anchored, exact_pack, greedy):
     """The first anchor is position 0: nothing is turned."""
-    rotary = Rotary(10000.0 ** -(torch.arange(32, dtype=torch.float64) / 32))
-    path = tmp_path / "wide.safetensors"
-    wide = identity_pack(dense.fingerprint, dense.layer_names, anchors=Anchors(rotary, 512))
-    save_pack(wide, path)
     short = dense.prompts[:10]
     plain, anchored = (
         engines.get(MODEL, block_size=16, dtype="float32", **compacted(pack)).generate(
             short, greedy
         )
-        for pack in (exact_pack, path)
+        for pack in (exact_pack, anchored(512))
     )
     assert token_ids(plain) == token_ids(anchored)
     assert agreement(plain, anchored).noise == 0

@@ -26,7 +26,7 @@ ITEMS = 24
 SECTION = {"exact_prefill": False, "sinks": 0, "window": 0, "ops": "reference"}
 
 
-@pytest.fixture(scope="module", params=[0, 32], ids=["as-they-come", "anchors"])
+@pytest.fixture(scope="module", params=[0, 48, 1], ids=["as-they-come", "anchors", "un-rotated"])
 def pack(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     path = tmp_path_factory.mktemp("simulate") / "8x.pack.safetensors"
     options = {"sensitivity": "uniform", "max_tokens": 4000, "anchor_span": request.param, **ENGINE}

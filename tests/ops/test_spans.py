@@ -8,7 +8,7 @@ from tests.support.oracle import attend, reconstruct
 from tests.support.paging import PagedBatch, paged_batch
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.codec.positions import Anchors, Rotary
-from vllm_attentionpack.ops import QueryBatch, cpu, reference, spans, store_kv
+from vllm_attentionpack.ops import QueryBatch, cpu, rebuilt, reference, spans, store_kv
 from vllm_attentionpack.ops.spans import StepSpans, causal_pieces, context_pieces
 
 CONTEXTS = [0, 1, 47, 48, 49, 200, 0, 96]
@@ -58,12 +58,36 @@ def check(ops, codec, case, steps, starts, stops, causal, tolerance):
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("ranged", [False, True])
-def test_spans_match_the_oracle(ops, sizes, causal, ranged):
+@pytest.mark.parametrize("rebuilds", [False, True])
+def test_spans_match_the_oracle(ops, sizes, causal, ranged, rebuilds, monkeypatch):
+    monkeypatch.setattr(spans, "MAX_REBUILT", 64 if rebuilds else 0)
     codec, case, steps = case_of(causal, *sizes)
     starts, stops = None, case.seq_lens if causal else case.context_lens
     if ranged:
         starts, stops = torch.tensor([0, 1, 4, 50, 49, 60, 3, 100]), stops - 20
     check(ops, codec, case, steps, starts, stops, causal, 1e-4)
+
+
+def test_rebuilt_in_many_slabs(monkeypatch):
+    """Some of a request's tokens at a time, free slots holding what is no number."""
+    monkeypatch.setattr(spans, "MAX_REBUILT", 64)
+    codec, case, steps = case_of()
+    whole = steps.attend(
+        reference, case.query, case.kv_cache, None, case.seq_lens, codec, True, SCALE
+    )
+    monkeypatch.setattr(rebuilt, "_SLAB_BYTES", 1 << 14)
+    parts = steps.attend(
+        reference, case.query, case.kv_cache, None, case.seq_lens, codec, True, SCALE
+    )
+    for some, all_at_once in zip(parts, whole, strict=True):
+        torch.testing.assert_close(some, all_at_once, atol=1e-5, rtol=1e-5)
+    # The host may take requests to be longer than they are.
+    longest = [n + BLOCK for n in case.batch.max_seq_lens]
+    batch = QueryBatch.build(case.batch.host_starts, longest, torch.device("cpu"))
+    wide = StepSpans(SIZE, steps.anchors, batch, case.context_lens, case.block_table, BLOCK)
+    for ops in (reference, cpu):
+        again = wide.attend(ops, case.query, case.kv_cache, None, case.seq_lens, codec, True, SCALE)
+        torch.testing.assert_close(again[0], whole[0], atol=1e-4, rtol=1e-4)
 
 
 def test_in_many_calls(monkeypatch):

@@ -21,7 +21,7 @@ from vllm_attentionpack.errors import PackMismatchError
 from vllm_attentionpack.kv_cache.pages import PageGeometry, exact_blocks, page_geometry
 from vllm_attentionpack.kv_cache.spec import shared_pool_spec
 from vllm_attentionpack.ops.select import Ops, select_ops
-from vllm_attentionpack.ops.spans import MAX_TURNED
+from vllm_attentionpack.ops.spans import MAX_REBUILT, MAX_TURNED
 from vllm_attentionpack.packfile import Pack, load_pack
 from vllm_attentionpack.packfile.shard import check_shardable, shard_codec, shard_layout
 from vllm_attentionpack.plugin import BACKEND
@@ -180,7 +180,7 @@ class EngineState:
         """
         if self.ops_name != "triton" or not self.config.exact_prefill:
             return AttentionCGSupport.NEVER
-        if self.span and most_captured * self.most_spans > MAX_TURNED:
+        if self.span and (self.span <= MAX_REBUILT or most_captured * self.most_spans > MAX_TURNED):
             # A graph does the work of the longest requests whatever is asked of it.
             return AttentionCGSupport.NEVER
         if self.prefill == UNCAPTURED:

@@ -2,7 +2,9 @@
 
 A span of a request goes to `paged_attention` like a request of its own: with its part of the block
 table, its bounds, and the request's queries turned back by its anchor. So no kernel knows of
-anchors; what they cost is one absorption of the queries per span, and the merge of the spans.
+anchors; what they cost is one absorption of the queries per span, and the merge of the spans. Where
+spans are short that is more than rebuilding the keys and turning them to where they stood
+(`ops.rebuilt`).
 """
 
 from collections.abc import Callable, Sequence
@@ -17,12 +19,16 @@ from torch import Tensor
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.codec.positions import Rotary
 from vllm_attentionpack.ops.batch import QueryBatch
+from vllm_attentionpack.ops.rebuilt import rebuilt_attention
 
 if TYPE_CHECKING:
     from vllm_attentionpack.ops.select import Ops
 
 #: Queries, each turned back for one span, that are attended in one call: bounds its memory.
 MAX_TURNED = 8192
+
+#: Spans up to this long are read by rebuilding their keys; measured (docs/log.md).
+MAX_REBUILT = 32
 
 _Made = TypeVar("_Made")
 
@@ -226,7 +232,8 @@ class StepSpans:
         self.size, self.anchors, self.batch = size, anchors, batch
         self.context_lens, self.block_table, self.block_size = context_lens, block_table, block_size
         # Here, not in the first layer: a graph must not capture copies from the host.
-        self._pieces = context_pieces(batch, size, block_size)
+        rebuilds = size <= MAX_REBUILT
+        self._pieces = [] if rebuilds else context_pieces(batch, size, block_size)
         self._derived = _Derived(anchors.device)
 
     def of(self, requests: Tensor, batch: QueryBatch) -> "StepSpans":
@@ -280,6 +287,21 @@ class StepSpans:
         """
         assert codec.anchors is not None
         rotary = codec.anchors.rotary
+        if self.size <= MAX_REBUILT:
+            return rebuilt_attention(
+                ops,
+                query,
+                kv_cache,
+                self.block_table,
+                starts,
+                stops,
+                self.batch,
+                codec,
+                self.block_size,
+                causal,
+                scale,
+                lambda key, request, first: self.turn_cached_keys(key, rotary, request, first),
+            )
         merged: Part | None = None
         for piece in self._causal_pieces(stops) if causal else self._pieces:
             cos, sin = self._turns(piece, rotary)
