@@ -246,7 +246,7 @@ def test_graphs_that_would_do_the_work_of_too_many_spans_are_not_captured(longes
     state.pack = SimpleNamespace(header=SimpleNamespace(anchor_span=1024))
     wanted = AttentionCGSupport.UNIFORM_BATCH if captured else AttentionCGSupport.NEVER
     assert state.cudagraph_support(256) == wanted
-    state.pack = SimpleNamespace(header=SimpleNamespace(anchor_span=32))  # keys are rebuilt
+    state.pack = SimpleNamespace(header=SimpleNamespace(anchor_span=4))  # keys are rebuilt
     assert state.cudagraph_support(1) == AttentionCGSupport.NEVER
 
 

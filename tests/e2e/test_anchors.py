@@ -15,7 +15,7 @@ from vllm_attentionpack.packfile import save_pack
 pytestmark = pytest.mark.engine
 
 #: Neither of whole blocks nor whole parts of one, and so short that keys are rebuilt.
-SPANS = [40, 6]
+SPANS = [40, 3]
 #: Of tokens: several chunks to a prompt, which begin and end within spans.
 CHUNK = 72
 

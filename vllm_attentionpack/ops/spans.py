@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 #: Queries, each turned back for one span, that are attended in one call: bounds its memory.
 MAX_TURNED = 8192
 
-#: Spans up to this long are read by rebuilding their keys; measured (docs/log.md).
-MAX_REBUILT = 32
+#: Spans up to this long are read by rebuilding their keys: measured on CPUs (docs/log.md).
+MAX_REBUILT = 4
 
 _Made = TypeVar("_Made")
 
