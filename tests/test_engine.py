@@ -11,7 +11,8 @@ from vllm_attentionpack.config import DISABLE_VARIABLE
 from vllm_attentionpack.engine import start
 from vllm_attentionpack.errors import ConfigError
 
-pytestmark = pytest.mark.slow  # imports vLLM
+# Imports vLLM, which remembers its environment variables while an engine runs.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_engine")]
 
 
 @pytest.mark.parametrize(
