@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.support.cases import random_codec
+from tests.support.cpu import DTYPES, threads
 from tests.support.oracle import attend, reconstruct
 from tests.support.paging import PagedBatch, paged_batch
 from vllm_attentionpack.codec.codec import LayerCodec
@@ -58,9 +59,11 @@ def check(ops, codec, case, steps, starts, stops, causal, tolerance):
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("ranged", [False, True])
-@pytest.mark.parametrize("rebuilds", [False, True])
-def test_spans_match_the_oracle(ops, sizes, causal, ranged, rebuilds, monkeypatch):
-    monkeypatch.setattr(spans, "MAX_REBUILT", 64 if rebuilds else 0)
+@pytest.mark.parametrize("way", ["requests", "within", "rebuilt"])
+def test_spans_match_the_oracle(ops, sizes, causal, ranged, way, monkeypatch):
+    """As requests of their own, within the kernel where there is one, by rebuilt keys."""
+    monkeypatch.setattr(spans, "MAX_REBUILT", 64 if way == "rebuilt" else 0)
+    monkeypatch.setattr(cpu, "SPANS", way == "within")
     codec, case, steps = case_of(causal, *sizes)
     starts, stops = None, case.seq_lens if causal else case.context_lens
     if ranged:
@@ -88,6 +91,31 @@ def test_rebuilt_in_many_slabs(monkeypatch):
     for ops in (reference, cpu):
         again = wide.attend(ops, case.query, case.kv_cache, None, case.seq_lens, codec, True, SCALE)
         torch.testing.assert_close(again[0], whole[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_spans_within_the_kernel_are_those_of_requests(isa, dtype, workers, monkeypatch):
+    """In every number type, with pieces that are cut within spans, and ranges of no token."""
+    codec, case, steps = case_of(size=600)
+    contexts, fresh = [0, 1300, 600, 1200], [3, 1, 2, 1]
+    case = paged_batch(codec, 4, contexts, fresh, BLOCK)
+    anchors = torch.arange(3).expand(4, 3) * 550
+    query = case.query.to(dtype)
+    starts = torch.tensor([0, 30, 600, 1200], dtype=torch.int32)
+    found = []
+    with threads(workers):
+        for within in (False, True):
+            monkeypatch.setattr(cpu, "SPANS", within)
+            steps = StepSpans(600, anchors, case.batch, case.context_lens, case.block_table, BLOCK)
+            arguments = (case.kv_cache, starts, case.context_lens, codec, False, SCALE)
+            found.append(steps.attend(cpu, query, *arguments))
+    (out, lse), (want, want_lse) = found
+    assert torch.equal(lse.isneginf(), want_lse.isneginf()) and lse.isneginf().any()
+    seen = ~lse.isneginf()
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    assert (lse - want_lse)[seen].abs().max() < tolerance
+    assert (out - want).abs().max() < tolerance * want.abs().max()
 
 
 def test_in_many_calls(monkeypatch):

@@ -19,6 +19,9 @@ from vllm_attentionpack.ops.batch import QueryBatch, Segment
 from vllm_attentionpack.ops.exact import exact_attention as exact_attention
 from vllm_attentionpack.ops.fresh import merge_attention as merge_attention
 
+#: See `ops.cpu.SPANS`.
+SPANS = False
+
 #: Bytes of float32 latents that one tile of context may unpack to.
 _TILE_BYTES = 1 << 25
 

@@ -24,6 +24,8 @@ AUTO = "auto"
 class Ops(Protocol):
     """Compute on pages; `ops.reference`, `.exact`, `.fresh` document shapes, dtypes, meaning."""
 
+    SPANS: bool
+
     def unavailable(self, device: torch.device) -> str | None:
         """Why this implementation cannot run on `device` here; None if it can."""
 
@@ -73,6 +75,7 @@ class Ops(Protocol):
         codec: LayerCodec,
         block_size: int,
         causal: bool,
+        span: int = 0,
     ) -> AttendedLatent: ...
 
     def up_project(self, attended: AttendedLatent, codec: LayerCodec) -> Tensor: ...

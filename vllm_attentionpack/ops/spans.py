@@ -232,6 +232,7 @@ class StepSpans:
         self.size, self.anchors, self.batch = size, anchors, batch
         self.context_lens, self.block_table, self.block_size = context_lens, block_table, block_size
         # Here, not in the first layer: a graph must not capture copies from the host.
+        # Unless another way is sure to be taken.
         rebuilds = size <= MAX_REBUILT
         self._pieces = [] if rebuilds else context_pieces(batch, size, block_size)
         self._derived = _Derived(anchors.device)
@@ -302,6 +303,25 @@ class StepSpans:
                 scale,
                 lambda key, request, first: self.turn_cached_keys(key, rotary, request, first),
             )
+        spans, tokens = self.anchors.shape[1], self.batch.num_tokens
+        if ops.SPANS and spans * tokens <= MAX_TURNED:
+            cos, sin = self._derived.get(
+                ("all", rotary), lambda: rotary.tables(self.anchors[self._owners()].T.flatten())
+            )
+            repeated = query.expand(spans, *query.shape).flatten(0, 1)
+            attended = ops.paged_attention(
+                ops.absorb_query(rotary.turn_by(repeated, cos, -sin), codec, scale),
+                kv_cache,
+                self.block_table,
+                starts,
+                stops,
+                self.batch,
+                codec,
+                self.block_size,
+                causal,
+                self.size,
+            )
+            return ops.up_project(attended, codec), attended.lse
         merged: Part | None = None
         for piece in self._causal_pieces(stops) if causal else self._pieces:
             cos, sin = self._turns(piece, rotary)
@@ -354,12 +374,19 @@ class StepSpans:
 
     def _new_anchors(self) -> Tensor:
         """int64 `[T]`: those of the new tokens."""
-        starts = self.batch.query_start_loc.long()
-        tokens = torch.arange(self.batch.num_tokens, device=starts.device)
-        # A graph may have been captured for more tokens than there are: those have no slots.
-        requests = torch.searchsorted(starts[1:], tokens, right=True).clamp(max=len(starts) - 2)
-        spans = (tokens - starts[requests] + self.context_lens[requests]) // self.size
+        requests = self._owners()
+        tokens = torch.arange(len(requests), device=requests.device)
+        within = tokens - self.batch.query_start_loc[requests]
+        spans = (within + self.context_lens[requests]) // self.size
         return self.anchors[requests, spans.clamp(max=self.anchors.shape[1] - 1)]
+
+    def _owners(self) -> Tensor:
+        """int64 `[T]`: the request of each token."""
+        starts = self.batch.query_start_loc
+        tokens = torch.arange(self.batch.num_tokens, dtype=starts.dtype, device=starts.device)
+        # A graph may have been captured for more tokens than there are: those have no slots.
+        owners = torch.searchsorted(starts[1:].contiguous(), tokens, right=True)
+        return owners.clamp(max=len(starts) - 2)
 
 
 def _merge_rows(out: Tensor, lse: Tensor, rows: Tensor) -> Part:

@@ -23,6 +23,10 @@ from vllm_attentionpack.ops.reference import warm_up as warm_up
 #: own dtype: floats, 16-bit integers, or 8-bit ones for the codes of 2 bits and 16-bit ones else.
 BITS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 8}
 
+#: Whether `paged_attention` takes queries `[n * T]` that each meet one of a request's `n` spans of
+#: `span` tokens, and gives what all of them see together.
+SPANS = True
+
 #: Of models: the maps in and out may go by integers (see `maps.py`), whose error is well below that
 #: of these dtypes.
 PACKED = (torch.bfloat16,)
@@ -177,9 +181,11 @@ def paged_attention(
     codec: LayerCodec,
     block_size: int,
     causal: bool,
+    span: int = 0,
 ) -> CpuAttended:
-    """See `ops.reference.paged_attention`."""
+    """See `ops.reference.paged_attention`, and `SPANS` for `span`."""
     plan = _plan(codec, query.dtype)
+    spans = query.latent[0].shape[1] // batch.num_tokens if span else 1
     *latent, lse = calls.attend(
         query.latent,
         plan.table(block_size),
@@ -193,6 +199,8 @@ def paged_attention(
         codec.num_modalities,
         causal,
         BITS[query.dtype],
+        span,
+        spans,
     )
     return CpuAttended(latent, lse, query.dtype)
 

@@ -1,6 +1,7 @@
 """The compiled kernels as PyTorch ops: `attentionpack::cpu_attend` and its siblings."""
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ SIDE_FIELDS = 16
 class _Attend(ctypes.Structure):
     _fields_ = (
         *((name, _INT) for name in ("threads", "num_requests", "num_groups", "modalities")),
-        *((name, _INT) for name in ("heads_per_group", "repeats", "tokens")),
+        *((name, _INT) for name in ("heads_per_group", "repeats", "tokens", "span", "span_tokens")),
         *((name, _INT) for name in ("block_size", "block_bytes", "table_stride")),
         *((name, _INT) for name in ("causal", "bits")),
         *((name, _POINTER) for name in ("groups", "cache", "table", "starts", "stops")),
@@ -89,7 +90,7 @@ _LIBRARY = torch.library.Library("attentionpack", "FRAGMENT")
 _LIBRARY.define(
     "cpu_attend(Tensor[] queries, Tensor layout, int[] widths, Tensor kv_cache, "
     "Tensor block_table, Tensor? starts, Tensor stops, Tensor query_start_loc, int block_size, "
-    "int modalities, bool causal, int bits) -> Tensor[]"
+    "int modalities, bool causal, int bits, int span, int spans) -> Tensor[]"
 )
 _LIBRARY.define(
     "cpu_store(Tensor latent, Tensor step, Tensor weight, Tensor slots, "
@@ -123,11 +124,13 @@ def _attend(
     modalities: int,
     causal: bool,
     bits: int,
+    span: int,
+    spans: int,
 ) -> list[Tensor]:
     """See `plan.py` for layouts and orders.
 
     Args:
-        queries: float32 `[G, T, repeats, width of K]` per head group.
+        queries: float32 `[G, spans * T, repeats, width of K]` per head group.
         layout: int64 `[groups, 2, SIDE_FIELDS]`.
         widths: per head group, floats of one row of the result.
         kv_cache: uint8 `[num_blocks, block_bytes]`, rows contiguous.
@@ -137,14 +140,16 @@ def _attend(
         query_start_loc: int32 `[B + 1]`.
         bits: of the numbers that codes are multiplied with: 32 for floats, 16, or 8, which goes
             for codes of 2 bits.
+        span: tokens that are met by queries of their own; 0 if all are met by the same.
+        spans: of the longest request; queries for the first come first.
 
     Returns:
         float32 `[G, T, repeats, width]` per head group, and last the log-sum-exp `[T, Hq]`.
     """
     chosen = kernels()
-    results = _empty_results(queries, widths)
+    results = _empty_results(queries, widths, spans)
     table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
-    heads_per_group, tokens, repeats, _ = queries[0].shape
+    heads_per_group, span_tokens, repeats, _ = queries[0].shape
     groups = len(queries)
     pointers = _POINTER * groups
     stops, query_start_loc = stops.contiguous(), query_start_loc.contiguous()
@@ -156,7 +161,9 @@ def _attend(
         modalities,
         heads_per_group,
         repeats,
-        tokens,
+        span_tokens // spans,
+        span,
+        span_tokens,
         block_size,
         kv_cache.stride(0),
         table.stride(0),
@@ -176,8 +183,9 @@ def _attend(
     return results
 
 
-def _empty_results(queries: list[Tensor], widths: list[int]) -> list[Tensor]:
-    heads_per_group, tokens, repeats, _ = queries[0].shape
+def _empty_results(queries: list[Tensor], widths: list[int], spans: int) -> list[Tensor]:
+    heads_per_group, span_tokens, repeats, _ = queries[0].shape
+    tokens = span_tokens // spans
     results = [
         query.new_empty(heads_per_group, tokens, repeats, width)
         for query, width in zip(queries, widths, strict=True)
@@ -186,9 +194,9 @@ def _empty_results(queries: list[Tensor], widths: list[int]) -> list[Tensor]:
 
 
 def _attend_fake(
-    queries: list[Tensor], layout: Tensor, widths: list[int], *_: object
+    queries: list[Tensor], layout: Tensor, widths: list[int], *others: Any
 ) -> list[Tensor]:
-    return _empty_results(queries, widths)
+    return _empty_results(queries, widths, spans=others[-1])
 
 
 def _store(

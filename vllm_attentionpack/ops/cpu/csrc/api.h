@@ -34,6 +34,9 @@ struct Attend {
     int64_t heads_per_group;  // KV heads
     int64_t repeats;          // query heads per KV head
     int64_t tokens;           // all queries of the step
+    // Where codes of each `span` tokens are met by queries of their own: how many such queries there
+    // are in all, those of the first span first. 0 and `tokens` where one query serves all.
+    int64_t span, span_tokens;
     int64_t block_size, block_bytes, table_stride;
     int64_t causal;
     // Of the numbers that codes are multiplied with: 32 (floats), 16, or 8 (where codes have two).
@@ -44,7 +47,7 @@ struct Attend {
     const int32_t* starts;  // null: all zero
     const int32_t* stops;
     const int32_t* query_start_loc;
-    const float* const* queries;  // per group [G, T, repeats, M * (Rk + 1) and more]
+    const float* const* queries;  // per group [G, span tokens, repeats, M * (Rk + 1) and more]
     float* const* outputs;        // per group [G, T, repeats, M * (lanes of V + 1) and more]
     float* lse;                   // [T, Hq]
 };

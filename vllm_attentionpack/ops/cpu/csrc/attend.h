@@ -99,7 +99,7 @@ class Attention {
         for (int64_t m = 0; m < modalities; ++m) {
             for (int64_t row = 0; row < piece_.rows; ++row) {
                 const float* query = args_.queries[piece_.group] +
-                                     piece_.place(args_, row) * group_.key.width;
+                                     piece_.query_place(args_, row) * group_.key.width;
                 s_->queries[m][row] = query + m * rank;
                 s_->means[row] = query + modalities * rank + m;
             }

@@ -126,6 +126,7 @@ Plan cut(const Attend& args) {
             Piece piece = unit.whole;
             piece.start = from;
             piece.stop = std::min(unit.whole.stop, from + step);
+            if (args.span) piece.stop = std::min(piece.stop, (from / args.span + 1) * args.span);
             plan.pieces.push_back(piece);
             from = piece.stop;
         } while (from < unit.whole.stop);

@@ -2,6 +2,7 @@
 // each one offers.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -43,16 +44,27 @@ struct Piece {
         return request_stop - (queries - 1 - query);
     }
 
-    // Of a row: where it lies in [G, T, repeats] of its group, and in [T, Hq].
-    int64_t place(const Attend& args, int64_t row) const {
-        const int64_t heads = args.heads_per_group * args.repeats;
-        const int64_t token = first_token + (first_row + row) / heads, head = (first_row + row) % heads;
-        return (head / args.repeats * args.tokens + token) * args.repeats + head % args.repeats;
+    // Of a row: where it lies in [G, T, repeats] of its group, where its query for this stretch lies in
+    // [G, span tokens, repeats], and where it lies in [T, Hq].
+    int64_t place(const Attend& args, int64_t row) const { return place(args, row, 0, args.tokens); }
+    int64_t query_place(const Attend& args, int64_t row) const {
+        if (!args.span) return place(args, row);
+        // A stretch of no token may begin behind the last span.
+        const int64_t spans = args.span_tokens / args.tokens;
+        const int64_t before = std::min(start / args.span, spans - 1) * args.tokens;
+        return place(args, row, before, args.span_tokens);
     }
     int64_t column(const Attend& args, int64_t row) const {
         const int64_t heads = args.heads_per_group * args.repeats;
         const int64_t token = first_token + (first_row + row) / heads, head = (first_row + row) % heads;
         return (token * args.num_groups + group) * heads + head;
+    }
+
+  private:
+    int64_t place(const Attend& args, int64_t row, int64_t before, int64_t tokens) const {
+        const int64_t heads = args.heads_per_group * args.repeats;
+        const int64_t token = first_token + (first_row + row) / heads, head = (first_row + row) % heads;
+        return (head / args.repeats * tokens + before + token) * args.repeats + head % args.repeats;
     }
 };
 
