@@ -28,9 +28,10 @@ def test_custom_ops_have_fakes(name):
     plan = cpu._plan(codec, torch.bfloat16)
     table = plan.table(16)
     if name == "cpu_attend":
-        absorbed = cpu.absorb_query(case.query, codec, 0.2)
+        # One token that meets three spans of 16.
+        absorbed = cpu.absorb_query(case.query.repeat(3, 1, 1), codec, 0.2)
         args = (absorbed.latent, table, plan.widths, case.kv_cache, case.block_table, None)
-        args += (case.seq_lens, case.batch.query_start_loc, 16, 2, True, 8)
+        args += (case.seq_lens, case.batch.query_start_loc, 16, 2, True, 8, 16, 3)
     elif name == "cpu_project":
         packed = plan.absorb.maps[0]
         x, out = torch.randn(2, 3, 1, 32), torch.empty(2, 3, 1, packed.width)
