@@ -3,8 +3,8 @@
 A span of a request goes to `paged_attention` like a request of its own: with its part of the block
 table, its bounds, and the request's queries turned back by its anchor; what that costs is one
 absorption of the queries per span, and the merge of the spans. Kernels that read queries of their
-own for every span save the merge (`SPANS` of `ops.cpu`). Where spans are very short, rebuilding keys
-and turning them to where they stood is less (`ops.rebuilt`).
+own for every span save the merge (`SPANS` of `ops.cpu`). Where spans are very short, rebuilding
+keys and turning them to where they stood is less (`ops.rebuilt`).
 """
 
 from collections.abc import Callable, Sequence
