@@ -20,7 +20,6 @@ from vllm_attentionpack.calibrate.moments import GroupMoments
 from vllm_attentionpack.calibrate.sensitivity import measure_sensitivity, predicted_kl
 from vllm_attentionpack.calibrate.settings import DEFAULT_ANCHOR_SPAN
 from vllm_attentionpack.codec.layout import Kind
-from vllm_attentionpack.codec.positions import Anchors
 from vllm_attentionpack.evaluate.data import Dataset, Item, read_dataset
 from vllm_attentionpack.evaluate.simulate.codec import (
     CacheShape,
@@ -203,8 +202,6 @@ class Setting:
     ) -> list[LayerStatistics]:
         """What `attentionpack calibrate` would gather; `anchor_span` in place of the setting's."""
         span = self.anchor_span if anchor_span is None else anchor_span
-        if span >= max_context:
-            span = 0
         whole = self.shape.num_kv_heads
         plain = items is None and max_tokens is None
         collector = self._collector if plain else None
@@ -226,9 +223,8 @@ class Setting:
         result = []
         for recorder in collector.recorders:
             assert recorder.moments is not None
-            moments = recorder.moments.finalize(max_context, modalities, span or None)
-            rotary = recorder.moments.rotary
-            anchors = Anchors(rotary, span) if span and rotary else None
+            anchors = recorder.moments.anchors(span, max_context)
+            moments = recorder.moments.finalize(max_context, modalities, anchors)
             gram = output_gram(recorder.site, torch.float32)
             layer = recorder.layer
             split = replace(

@@ -36,7 +36,7 @@ BLOCKS = LONGEST // BLOCK_SIZE
 def builder(device, span=0):
     made = object.__new__(AttentionPackMetadataBuilder)
     made.device = device
-    made.block_size, made.span = BLOCK_SIZE, span
+    made.ops, made.block_size, made.span = kernels, BLOCK_SIZE, span
     most = -(-LONGEST // span) if span else 0
     made.anchors = torch.zeros(MOST_REQUESTS + 1, most, dtype=torch.int64, device=device)
     made.dense_prefill = None
@@ -102,6 +102,10 @@ def test_what_was_made_before_a_capture_is_not_used_in_it(monkeypatch):
     assert torch.equal(spans.turn_new_keys(key, rotary), before)
     monkeypatch.setattr(spans_module, "_capturing", lambda device: True)
     assert not torch.equal(spans.turn_new_keys(key, rotary), before)
+
+
+def capturing(tokens):
+    return SimpleNamespace(compilation_config=SimpleNamespace(max_cudagraph_capture_size=tokens))
 
 
 def layer_impl(codec, provider):
@@ -235,7 +239,7 @@ def test_which_batches_are_captured(ops, prefill, exact, wanted):
         config=SimpleNamespace(exact_prefill=exact),
         span=0,
     )
-    assert EngineState.cudagraph_support(state, 512) == wanted
+    assert EngineState.cudagraph_support(state, capturing(512)) == wanted
 
 
 @pytest.mark.parametrize(("longest", "captured"), [(1 << 15, True), (1 << 17, False)])
@@ -245,9 +249,9 @@ def test_graphs_that_would_do_the_work_of_too_many_spans_are_not_captured(longes
     state.config = SimpleNamespace(exact_prefill=True)
     state.pack = SimpleNamespace(header=SimpleNamespace(anchor_span=1024))
     wanted = AttentionCGSupport.UNIFORM_BATCH if captured else AttentionCGSupport.NEVER
-    assert state.cudagraph_support(256) == wanted
+    assert state.cudagraph_support(capturing(256)) == wanted
     state.pack = SimpleNamespace(header=SimpleNamespace(anchor_span=4))  # keys are rebuilt
-    assert state.cudagraph_support(1) == AttentionCGSupport.NEVER
+    assert state.cudagraph_support(capturing(1)) == AttentionCGSupport.NEVER
 
 
 def test_the_cache_that_vllm_measures_graphs_with_is_not_the_one_reported(monkeypatch):

@@ -106,7 +106,8 @@ def test_rotated_moments_are_those_of_every_position_alike() -> None:
 
 def test_keys_may_be_averaged_over_fewer_positions_than_queries() -> None:
     near, far = (accumulate(ROTARY, 100, 100, visual=None).finalize(n, 1) for n in (37, 1000))
-    anchored = accumulate(ROTARY, 100, 100, visual=None).finalize(1000, 1, key_positions=37)
+    moments = accumulate(ROTARY, 100, 100, visual=None)
+    anchored = moments.finalize(1000, 1, moments.anchors(37, 1000))
     close(anchored.key.second, near.key.second)
     close(anchored.key.mean, near.key.mean)
     close(anchored.query, far.query)

@@ -9,8 +9,9 @@ from tests.support.oracle import attend, reconstruct
 from tests.support.paging import PagedBatch, paged_batch
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.codec.positions import Anchors, Rotary
-from vllm_attentionpack.ops import QueryBatch, cpu, rebuilt, reference, spans, store_kv
-from vllm_attentionpack.ops.spans import StepSpans, causal_pieces, context_pieces
+from vllm_attentionpack.ops import QueryBatch, cpu, pieces, rebuilt, reference, spans, store_kv
+from vllm_attentionpack.ops.pieces import causal_pieces, context_pieces
+from vllm_attentionpack.ops.spans import StepSpans
 
 CONTEXTS = [0, 1, 47, 48, 49, 200, 0, 96]
 FRESH = [5, 1, 1, 3, 1, 60, 100, 2]
@@ -21,7 +22,7 @@ SCALE = 0.2
 
 
 def case_of(
-    interleaved: bool = False, size: int = SIZE, block: int = BLOCK
+    ops=reference, interleaved: bool = False, size: int = SIZE, block: int = BLOCK
 ) -> tuple[LayerCodec, PagedBatch, StepSpans]:
     """The batch's keys are those that are stored, that is, turned back already."""
     codec = random_codec(2, 2, 32, 2, padding=3)
@@ -31,7 +32,7 @@ def case_of(
     count = -(-int(case.seq_lens.max()) // size)
     # Not the tokens' indices: images take up fewer positions.
     anchors = torch.arange(count) * 31 + torch.arange(len(CONTEXTS))[:, None] * 3
-    steps = StepSpans(size, anchors, case.batch, case.context_lens, case.block_table, block)
+    steps = StepSpans(ops, size, anchors, case.batch, case.context_lens, case.block_table, block)
     return codec, case, steps
 
 
@@ -39,7 +40,7 @@ def anchors_of(steps: StepSpans, row: int, tokens: int) -> torch.Tensor:
     return steps.anchors[row, torch.arange(tokens) // steps.size]
 
 
-def check(ops, codec, case, steps, starts, stops, causal, tolerance):
+def check(codec, case, steps, starts, stops, causal, tolerance):
     rotary = codec.anchors.rotary
 
     def turn(row, keys):
@@ -48,7 +49,7 @@ def check(ops, codec, case, steps, starts, stops, causal, tolerance):
     first = torch.zeros_like(stops) if starts is None else starts
     ranges = list(zip(first.tolist(), stops.tolist(), strict=True))
     want, want_lse = attend(codec, case, SCALE, ranges=ranges, causal=causal, turn=turn)
-    out, lse = steps.attend(ops, case.query, case.kv_cache, starts, stops, codec, causal, SCALE)
+    out, lse = steps.attend(case.query, case.kv_cache, starts, stops, codec, causal, SCALE)
     seen = ~want_lse.isneginf()
     assert torch.equal(~lse.isneginf(), seen)
     assert (lse - want_lse)[seen].abs().max().item() < tolerance
@@ -64,32 +65,29 @@ def test_spans_match_the_oracle(ops, sizes, causal, ranged, way, monkeypatch):
     """As requests of their own, within the kernel where there is one, by rebuilt keys."""
     monkeypatch.setattr(spans, "MAX_REBUILT", 64 if way == "rebuilt" else 0)
     monkeypatch.setattr(cpu, "SPANS", way == "within")
-    codec, case, steps = case_of(causal, *sizes)
+    codec, case, steps = case_of(ops, causal, *sizes)
     starts, stops = None, case.seq_lens if causal else case.context_lens
     if ranged:
         starts, stops = torch.tensor([0, 1, 4, 50, 49, 60, 3, 100]), stops - 20
-    check(ops, codec, case, steps, starts, stops, causal, 1e-4)
+    check(codec, case, steps, starts, stops, causal, 1e-4)
 
 
 def test_rebuilt_in_many_slabs(monkeypatch):
     """Some of a request's tokens at a time, free slots holding what is no number."""
     monkeypatch.setattr(spans, "MAX_REBUILT", 64)
     codec, case, steps = case_of()
-    whole = steps.attend(
-        reference, case.query, case.kv_cache, None, case.seq_lens, codec, True, SCALE
-    )
+    whole = steps.attend(case.query, case.kv_cache, None, case.seq_lens, codec, True, SCALE)
     monkeypatch.setattr(rebuilt, "_SLAB_BYTES", 1 << 14)
-    parts = steps.attend(
-        reference, case.query, case.kv_cache, None, case.seq_lens, codec, True, SCALE
-    )
+    parts = steps.attend(case.query, case.kv_cache, None, case.seq_lens, codec, True, SCALE)
     for some, all_at_once in zip(parts, whole, strict=True):
         torch.testing.assert_close(some, all_at_once, atol=1e-5, rtol=1e-5)
     # The host may take requests to be longer than they are.
     longest = [n + BLOCK for n in case.batch.max_seq_lens]
     batch = QueryBatch.build(case.batch.host_starts, longest, torch.device("cpu"))
-    wide = StepSpans(SIZE, steps.anchors, batch, case.context_lens, case.block_table, BLOCK)
+    rest = (SIZE, steps.anchors, batch, case.context_lens, case.block_table, BLOCK)
     for ops in (reference, cpu):
-        again = wide.attend(ops, case.query, case.kv_cache, None, case.seq_lens, codec, True, SCALE)
+        wide = StepSpans(ops, *rest)
+        again = wide.attend(case.query, case.kv_cache, None, case.seq_lens, codec, True, SCALE)
         torch.testing.assert_close(again[0], whole[0], atol=1e-4, rtol=1e-4)
 
 
@@ -107,9 +105,10 @@ def test_spans_within_the_kernel_are_those_of_requests(isa, dtype, workers, monk
     with threads(workers):
         for within in (False, True):
             monkeypatch.setattr(cpu, "SPANS", within)
-            steps = StepSpans(600, anchors, case.batch, case.context_lens, case.block_table, BLOCK)
+            rest = (600, anchors, case.batch, case.context_lens, case.block_table, BLOCK)
+            steps = StepSpans(cpu, *rest)
             arguments = (case.kv_cache, starts, case.context_lens, codec, False, SCALE)
-            found.append(steps.attend(cpu, query, *arguments))
+            found.append(steps.attend(query, *arguments))
     (out, lse), (want, want_lse) = found
     assert torch.equal(lse.isneginf(), want_lse.isneginf()) and lse.isneginf().any()
     seen = ~lse.isneginf()
@@ -119,12 +118,12 @@ def test_spans_within_the_kernel_are_those_of_requests(isa, dtype, workers, monk
 
 
 def test_in_many_calls(monkeypatch):
-    monkeypatch.setattr(spans, "MAX_TURNED", 70)
+    monkeypatch.setattr(pieces, "MAX_TURNED", 70)
     codec, case, steps = case_of()
     assert len(context_pieces(case.batch, SIZE, BLOCK)) > 3
     assert len(causal_pieces(case.batch, SIZE, BLOCK, case.seq_lens.tolist())) > 3
-    check(reference, codec, case, steps, None, case.context_lens, False, 1e-4)
-    check(reference, codec, case, steps, None, case.seq_lens, True, 1e-4)
+    check(codec, case, steps, None, case.context_lens, False, 1e-4)
+    check(codec, case, steps, None, case.seq_lens, True, 1e-4)
 
 
 def test_each_query_meets_each_span_once():
@@ -164,11 +163,9 @@ def test_a_part_of_a_step():
     longest = [case.batch.max_seq_lens[r] for r in chosen.tolist()]
     batch = QueryBatch.build([0, lengths[0], sum(lengths)], longest, torch.device("cpu"))
     arguments = (case.kv_cache, None)
-    whole, _ = steps.attend(
-        reference, case.query, *arguments, case.context_lens, codec, False, SCALE
-    )
+    whole, _ = steps.attend(case.query, *arguments, case.context_lens, codec, False, SCALE)
     part, _ = steps.of(chosen, batch).attend(
-        reference, case.query[tokens], *arguments, case.context_lens[chosen], codec, False, SCALE
+        case.query[tokens], *arguments, case.context_lens[chosen], codec, False, SCALE
     )
     torch.testing.assert_close(part, whole[tokens])
 
@@ -201,9 +198,9 @@ def test_logits_are_those_of_keys_as_they_come():
     table = torch.arange(1, 20)[None].int()
     batch = QueryBatch.build([0, 1], [len(keys) + 1], torch.device("cpu"))
     stops = torch.tensor([len(keys)])
-    one = StepSpans(SIZE, steps.anchors[row : row + 1], batch, stops, table, BLOCK)
+    one = StepSpans(reference, SIZE, steps.anchors[row : row + 1], batch, stops, table, BLOCK)
     query = case.query[:1]
-    out, lse = one.attend(reference, query, cache, None, stops, codec, False, SCALE)
+    out, lse = one.attend(query, cache, None, stops, codec, False, SCALE)
     read = codec.anchors.rotary.turn(
         reconstruct(codec, "key", turned, case.visual[row]), anchors
     ).repeat_interleave(2, 1)

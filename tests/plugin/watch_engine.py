@@ -21,6 +21,30 @@ REFERENCE = Path(__file__).parents[2] / "examples" / "reference-vlm"
 FIRST_LAYER = "language_model.model.layers.0.self_attn.attn"
 
 
+#: Small steps: an image is split over two of them.
+ENGINE: dict[str, Any] = {
+    "model": str(REFERENCE / "model"),
+    "enforce_eager": True,
+    "max_model_len": 512,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 12,
+}
+
+
+def chats() -> list[list[dict[str, Any]]]:
+    """A question about two images, one about none, and one about one."""
+    from PIL import Image
+
+    def ask(*images: int) -> list[dict[str, Any]]:
+        files = [REFERENCE / "images" / "heldout" / f"{i:03}.png" for i in images]
+        content: list[dict[str, Any]] = [
+            {"type": "image_pil", "image_pil": Image.open(file)} for file in files
+        ]
+        return [{"role": "user", "content": [*content, {"type": "text", "text": "Which one?"}]}]
+
+    return [ask(0, 1), ask(), ask(2)]
+
+
 def allow_second_runner() -> None:
     """Lets vLLM for CPU accept a Triton without CPU backend; the interpreter runs the kernels."""
     import triton.backends
@@ -71,14 +95,9 @@ def main() -> dict[str, Any]:
 
     module = stand_in(masks, layers)
     sys.modules[module.__name__] = module
-    from PIL import Image
 
     llm = LLM(
-        str(REFERENCE / "model"),
-        enforce_eager=True,
-        max_model_len=512,
-        max_num_seqs=4,
-        max_num_batched_tokens=12,  # splits an image over two steps
+        **ENGINE,
         attention_backend="ATTENTIONPACK",
     )
     idle = [mask for mask in masks if mask]
@@ -96,15 +115,7 @@ def main() -> dict[str, Any]:
 
     llm.apply_model(note_ids)
 
-    def ask(*images: int) -> list[dict[str, Any]]:
-        files = [REFERENCE / "images" / "heldout" / f"{i:03}.png" for i in images]
-        content: list[dict[str, Any]] = [
-            {"type": "image_pil", "image_pil": Image.open(file)} for file in files
-        ]
-        return [{"role": "user", "content": [*content, {"type": "text", "text": "Which one?"}]}]
-
-    chats = [ask(0, 1), ask(), ask(2)]
-    outputs = llm.chat(chats, SamplingParams(max_tokens=3, temperature=0), use_tqdm=False)
+    outputs = llm.chat(chats(), SamplingParams(max_tokens=3, temperature=0), use_tqdm=False)
     assert len(ids) == len(masks)
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionBackend

@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from tests.plugin.watch_engine import REFERENCE, allow_second_runner
+from tests.plugin.watch_engine import ENGINE, allow_second_runner, chats
 
 STRIDE, COUNT = 3, 40
 
@@ -72,7 +72,6 @@ class Watch:
 def main() -> dict[str, Any]:
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
         allow_second_runner()
-    from PIL import Image
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
@@ -91,11 +90,7 @@ def main() -> dict[str, Any]:
     wrap_method(type(current_platform), "get_attn_backend_cls", choose)
     wrap_method(CPUAttentionMetadataBuilder, "build", watch.build)
     llm = LLM(
-        str(REFERENCE / "model"),
-        enforce_eager=True,
-        max_model_len=512,
-        max_num_seqs=4,
-        max_num_batched_tokens=12,  # splits an image over two steps
+        **ENGINE,
     )
     core = llm.llm_engine.engine_core.engine_core
     runner = core.model_executor.driver_worker.worker.model_runner
@@ -112,16 +107,8 @@ def main() -> dict[str, Any]:
 
     llm.apply_model(hook)
 
-    def ask(*images: int) -> list[dict[str, Any]]:
-        files = [REFERENCE / "images" / "heldout" / f"{i:03}.png" for i in images]
-        content: list[dict[str, Any]] = [
-            {"type": "image_pil", "image_pil": Image.open(file)} for file in files
-        ]
-        return [{"role": "user", "content": [*content, {"type": "text", "text": "Which one?"}]}]
-
-    chats = [ask(0, 1), ask(), ask(2)]
     sampling = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
-    outputs = llm.chat(chats, sampling, use_tqdm=False)
+    outputs = llm.chat(chats(), sampling, use_tqdm=False)
     # As an idle data-parallel rank does between steps.
     runner._dummy_run(4, **idle)
     dummies.append(watch.told.pop())

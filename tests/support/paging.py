@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vllm_attentionpack.codec.codec import LayerCodec
-from vllm_attentionpack.ops import QueryBatch, store_kv
+from vllm_attentionpack.ops import QueryBatch, latents, store_kv
 
 
 @dataclass
@@ -111,8 +111,9 @@ def attend_codes(
 
     `query` takes the place of the batch's own; all else is as in `ops.reference.paged_attention`.
     """
-    attended = ops.paged_attention(
-        ops.absorb_query(case.query if query is None else query, codec, scale),
+    return latents.attend_codes(
+        ops,
+        case.query if query is None else query,
         case.kv_cache,
         case.block_table,
         starts,
@@ -121,5 +122,5 @@ def attend_codes(
         codec,
         case.block_size,
         causal,
+        scale,
     )
-    return ops.up_project(attended, codec), attended.lse

@@ -187,16 +187,15 @@ class DensePrefill:
         )
         for request, context, slot in zip(dense.requests, dense.contexts, dense.slots, strict=True):
             for first in range(0, context, slab):
-                tokens = min(slab, context - first)
                 blocks = block_table[request, first // block_size :]
+                tokens = min(slab, context - first)
                 old_key, old_value = self.ops.decompress(
                     kv_cache, blocks, tokens, codec, block_size, self.dtype
                 )
                 if spans is not None and codec.anchors is not None:
                     rotary = codec.anchors.rotary
                     old_key = spans.turn_cached_keys(old_key, rotary, request, first)
-                begin = slot + first
-                self._write(old_key, old_value, torch.arange(begin, begin + tokens))
+                self._write(old_key, old_value, slot + first + torch.arange(tokens))
             if exact is not None and context:
                 self._write_exact(*exact, request, context, slot)
         self._write(key, value, dense.fresh_slots)

@@ -17,10 +17,9 @@ from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.compat import modality_mask
 from vllm_attentionpack.errors import UnsupportedModelError
 from vllm_attentionpack.kv_cache.spec import block_view
-from vllm_attentionpack.ops.spans import MAX_TURNED, reserve_turns
-
-#: Output and log-sum-exp of the attention to some of the keys.
-Part = tuple[Tensor, Tensor]
+from vllm_attentionpack.ops.latents import Part, attend_codes
+from vllm_attentionpack.ops.pieces import MAX_TURNED
+from vllm_attentionpack.ops.spans import reserve_turns
 
 
 class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
@@ -78,13 +77,12 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
         """Stores the step's new tokens as codes and, where it has room for them, as they are."""
         assert self.codec is not None
         tokens = slot_mapping.shape[0]
-        visual = modality_mask(tokens, key.device) if self.codec.num_modalities == 2 else None
         self.state.ops.store_kv(
             self._anchored(key[:tokens], layer),
             value[:tokens],
             block_view(kv_cache),
             slot_mapping,
-            visual,
+            modality_mask(tokens, key.device) if self.codec.num_modalities == 2 else None,
             self.codec,
             kv_cache.shape[2],
         )
@@ -248,13 +246,13 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
         causal: bool,
     ) -> Part:
         assert self.codec is not None
-        compute = self.state.ops
         if metadata.spans is not None and self.codec.anchors is not None:
             return metadata.spans.attend(
-                compute, query, block_view(kv_cache), starts, stops, self.codec, causal, self.scale
+                query, block_view(kv_cache), starts, stops, self.codec, causal, self.scale
             )
-        attended = compute.paged_attention(
-            compute.absorb_query(query, self.codec, self.scale),
+        return attend_codes(
+            self.state.ops,
+            query,
             block_view(kv_cache),
             metadata.block_table,
             starts,
@@ -263,8 +261,8 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
             self.codec,
             kv_cache.shape[2],
             causal,
+            self.scale,
         )
-        return compute.up_project(attended, self.codec), attended.lse
 
     def _exactly(self, query: Tensor, exact: "_ExactCache", batch: ops.QueryBatch) -> Part:
         return self.state.ops.exact_attention(query, exact.pages, exact.tokens, batch, self.scale)

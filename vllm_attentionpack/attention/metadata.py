@@ -69,7 +69,7 @@ class AttentionPackMetadataBuilder(AttentionMetadataBuilder[AttentionPackMetadat
         state.report(kv_cache_spec, vllm_config)
         state.warm_up(layers, kv_cache_spec, vllm_config)
         self.block_size = kv_cache_spec.block_size
-        self.span = state.span
+        self.ops, self.span = state.ops, state.span
         self.dense_prefill = _dense_prefill(state, [layer.impl for layer in layers.values()])
         # A captured graph reads the address that it saw at capture: one buffer for all steps.
         requests = vllm_config.scheduler_config.max_num_seqs + 1
@@ -83,8 +83,7 @@ class AttentionPackMetadataBuilder(AttentionMetadataBuilder[AttentionPackMetadat
         cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec
     ) -> AttentionCGSupport:
         """See `EngineState.cudagraph_support`."""
-        captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-        return EngineState.of(vllm_config).cudagraph_support(captured)
+        return EngineState.of(vllm_config).cudagraph_support(vllm_config)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
@@ -143,6 +142,7 @@ class AttentionPackMetadataBuilder(AttentionMetadataBuilder[AttentionPackMetadat
             known = torch.arange(count, device=self.device) * self.span
         anchors.copy_(known)
         return StepSpans(
+            self.ops,
             self.span,
             anchors,
             metadata.batch,

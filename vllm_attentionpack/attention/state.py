@@ -20,8 +20,9 @@ from vllm_attentionpack.config import ServeConfig, serve_config
 from vllm_attentionpack.errors import PackMismatchError
 from vllm_attentionpack.kv_cache.pages import PageGeometry, exact_blocks, page_geometry
 from vllm_attentionpack.kv_cache.spec import shared_pool_spec
+from vllm_attentionpack.ops.pieces import MAX_TURNED
 from vllm_attentionpack.ops.select import Ops, select_ops
-from vllm_attentionpack.ops.spans import MAX_REBUILT, MAX_TURNED
+from vllm_attentionpack.ops.spans import MAX_REBUILT
 from vllm_attentionpack.packfile import Pack, load_pack
 from vllm_attentionpack.packfile.shard import check_shardable, shard_codec, shard_layout
 from vllm_attentionpack.plugin import BACKEND
@@ -170,17 +171,15 @@ class EngineState:
     def has_exact_cache(self) -> bool:
         return self.config.keeps_exact(self.pack.header)
 
-    def cudagraph_support(self, most_captured: int) -> AttentionCGSupport:
+    def cudagraph_support(self, vllm_config: VllmConfig) -> AttentionCGSupport:
         """Batches of equal query length (decoding, drafts to verify), if the ops are Triton's.
 
         Of single tokens only, where several of one request go to a provider that is not captured.
-
-        Args:
-            most_captured: tokens of the largest graph.
         """
         if self.ops_name != "triton" or not self.config.exact_prefill:
             return AttentionCGSupport.NEVER
-        if self.span and (self.span <= MAX_REBUILT or most_captured * self.most_spans > MAX_TURNED):
+        captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0  # tokens
+        if self.span and (self.span <= MAX_REBUILT or captured * self.most_spans > MAX_TURNED):
             # A graph does the work of the longest requests whatever is asked of it.
             return AttentionCGSupport.NEVER
         if self.prefill == UNCAPTURED:

@@ -59,8 +59,7 @@ class ExactWindowMetadataBuilder(AttentionMetadataBuilder[ExactWindowMetadata]):
         cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec
     ) -> AttentionCGSupport:
         """As of the compacted layers."""
-        captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-        return EngineState.of(vllm_config).cudagraph_support(captured)
+        return EngineState.of(vllm_config).cudagraph_support(vllm_config)
 
     def build(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor
 from vllm_attentionpack.bench.shapes import LayerShape
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.ops import QueryBatch
+from vllm_attentionpack.ops.latents import attend_codes
 
 BLOCK_SIZE = 128
 
@@ -100,9 +101,9 @@ class Pages:
         )
 
     def attend(self, ops: Any, causal: bool = False, block_size: int = BLOCK_SIZE) -> Any:
-        scale = self.query.shape[-1] ** -0.5
-        attended = ops.paged_attention(
-            ops.absorb_query(self.query, self.codec, scale),
+        return attend_codes(
+            ops,
+            self.query,
             self.cache,
             self.table,
             None,
@@ -111,5 +112,5 @@ class Pages:
             self.codec,
             block_size,
             causal,
+            self.query.shape[-1] ** -0.5,
         )
-        return ops.up_project(attended, self.codec), attended.lse

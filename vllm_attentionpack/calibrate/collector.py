@@ -23,7 +23,7 @@ from vllm_attentionpack.calibrate.moments import (
     auto_group_size,
 )
 from vllm_attentionpack.calibrate.rotary import rotary_of
-from vllm_attentionpack.codec.positions import Anchors, Rotary
+from vllm_attentionpack.codec.positions import Rotary
 from vllm_attentionpack.errors import CalibrationDataError, ConfigError, UnsupportedModelError
 
 logger = init_logger(__name__)
@@ -178,8 +178,7 @@ class Collector:
             num_positions: see `MomentAccumulator.finalize`.
             num_modalities: likewise.
             dtype: of the model.
-            anchor_span: keys are coded relative to anchors so many tokens apart; 0 for as they
-                come.
+            anchor_span: see `MomentAccumulator.anchors`.
 
         Raises:
             UnsupportedModelError: a layer that never attended.
@@ -190,11 +189,8 @@ class Collector:
                 raise UnsupportedModelError(
                     f"layer '{recorder.layer.layer_name}' never attended during calibration."
                 )
-            rotary = recorder.moments.rotary
-            anchors = Anchors(rotary, anchor_span) if rotary and anchor_span else None
-            moments = recorder.moments.finalize(
-                num_positions, num_modalities, anchors.span if anchors else None
-            )
+            anchors = recorder.moments.anchors(anchor_span, num_positions)
+            moments = recorder.moments.finalize(num_positions, num_modalities, anchors)
             recorder.moments = None
             _check_finite(recorder.layer.layer_name, moments)
             gram = output_gram(recorder.site, dtype)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_attentionpack.codec.positions import Rotary, average_over_positions
+from vllm_attentionpack.codec.positions import Anchors, Rotary, average_over_positions
 
 #: `auto` groups heads up to this many joint dims: beyond it a basis costs more to store and to
 #: apply than further heads gain.
@@ -58,7 +58,8 @@ class LayerMoments:
     """The averaged moments of one layer.
 
     Attributes:
-        key: of the keys as they are coded, at any position below `key_positions`.
+        key: of the keys as they are coded, at any position below `num_positions` or, relative to
+            an anchor, of one span.
         value: of the values.
         query: float64 `[Hq, D, D]`, `E[q qᵀ]` over all tokens and positions below `num_positions`.
         count: int64 `[M]`, tokens of each modality.
@@ -186,8 +187,18 @@ class MomentAccumulator:
         second += cross + cross.mT + count * shift[:, :, None] * shift[:, None, :]
         return second, first + count * shift
 
+    def anchors(self, span: int, num_positions: int) -> Anchors | None:
+        """What keys are coded relative to, at anchors `span` tokens apart.
+
+        None, for keys as they come, if `span` is 0, if one span holds all `num_positions` (its only
+        anchor is position 0), and where the layer does not turn.
+        """
+        if self.rotary is None or not 0 < span < num_positions:
+            return None
+        return Anchors(self.rotary, span)
+
     def finalize(
-        self, num_positions: int, num_modalities: int, key_positions: int | None = None
+        self, num_positions: int, num_modalities: int, anchors: Anchors | None = None
     ) -> LayerMoments:
         """Averages over tokens and, where the layer turns, over positions.
 
@@ -195,8 +206,7 @@ class MomentAccumulator:
             num_positions: keys and queries are taken at every position below it alike often.
             num_modalities: 1 pools text and visual tokens, 2 keeps them apart (both must have been
                 seen).
-            key_positions: the same for keys alone, whose codes may be of distances from an anchor;
-                None for `num_positions`.
+            anchors: keys are taken at the positions of one span instead; None for as they come.
         """
         seen = [self._moments(m) for m, sums in enumerate(self._sums) if sums is not None]
         if num_modalities == 1:
@@ -212,7 +222,7 @@ class MomentAccumulator:
         firsts = firsts / count[:, None, None]
         n = self._groups
         key = self._turned(
-            GroupMoments(seconds[:, :n], firsts[:, :n]), key_positions or num_positions
+            GroupMoments(seconds[:, :n], firsts[:, :n]), anchors.span if anchors else num_positions
         )
         value = GroupMoments(seconds[:, n:], firsts[:, n:])
         query = torch.stack(

@@ -13,6 +13,7 @@ from vllm_attentionpack import __version__
 from vllm_attentionpack.calibrate.assemble import Budget, check_weights
 from vllm_attentionpack.calibrate.engine import Progress, feed, statistics_engine
 from vllm_attentionpack.calibrate.settings import CalibrateSettings, make_settings
+from vllm_attentionpack.codec.positions import common_span
 from vllm_attentionpack.errors import CalibrationDataError
 from vllm_attentionpack.evaluate.data import ChatItem, Dataset, Item, read_dataset
 from vllm_attentionpack.evaluate.simulate.codec import CacheShape, ExactTokens, PackCodec
@@ -137,8 +138,6 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
     _check_tokens(dataset.path, tokens, collector.heads_per_group * found.head_size)
     modalities = _modalities(settings, tokens, visual_tokens)
     max_context = settings.max_context or llm.model_config.max_model_len
-    # One span that holds every context is no anchor but position 0.
-    span = settings.anchor_span if settings.anchor_span < max_context else 0
     logger.info(
         "Calibrated on %d tokens, %d of them visual; choosing ranks and bits.",
         tokens,
@@ -151,7 +150,7 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
         found.head_size,
     )
     assembler = Assembler(
-        collector.statistics(max_context, modalities, llm.model_config.dtype, span),
+        collector.statistics(max_context, modalities, llm.model_config.dtype, settings.anchor_span),
         collector.heads_per_group,
         settings.regularization,
     )
@@ -185,7 +184,7 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
             num_modalities=modalities,
             ratio=ratio,
             max_context=max_context,
-            anchor_span=span if any(assembler.anchors) else 0,
+            anchor_span=common_span(assembler.anchors),
             sinks=settings.sinks,
             window=settings.window,
             layers=assembled.headers,

@@ -15,6 +15,7 @@ A plane of a head is the pair of dims that one frequency turns, written as a com
     E[z_i]           -> phi(w_i) E[z_i]
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -127,6 +128,11 @@ class Anchors:
 
     def to(self, device: torch.device) -> "Anchors":
         return Anchors(self.rotary.to(device), self.span)
+
+
+def common_span(anchors: "Iterable[Anchors | None]") -> int:
+    """Of the layers that have anchors, all alike; 0 if none has."""
+    return max((found.span for found in anchors if found is not None), default=0)
 
 
 def average_over_positions(

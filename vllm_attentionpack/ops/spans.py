@@ -7,33 +7,26 @@ own for every span save the merge (`SPANS` of `ops.cpu`). Where spans are very s
 keys and turning them to where they stood is less (`ops.rebuilt`).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.codec.positions import Rotary
 from vllm_attentionpack.ops.batch import QueryBatch
+from vllm_attentionpack.ops.latents import Part, attend_codes
+from vllm_attentionpack.ops.pieces import MAX_TURNED, Piece, causal_pieces, context_pieces
 from vllm_attentionpack.ops.rebuilt import rebuilt_attention
 
 if TYPE_CHECKING:
     from vllm_attentionpack.ops.select import Ops
 
-#: Queries, each turned back for one span, that are attended in one call: bounds its memory.
-MAX_TURNED = 8192
-
 #: Spans up to this long are read by rebuilding their keys: measured on CPUs (docs/log.md).
 MAX_REBUILT = 4
 
 _Made = TypeVar("_Made")
-
-#: Output `[T, Hq, D]` and natural log-sum-exp `[T, Hq]` of the attention to some of the keys.
-Part = tuple[Tensor, Tensor]
 
 
 class _Derived:
@@ -60,49 +53,6 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """Spans of requests that are attended in one call: `V` of them, met by `N` turned queries.
-
-    Attributes:
-        requests: int64 `[V]`, rows of the step's block table.
-        spans: int64 `[V]`, which span of the request.
-        tokens: int64 `[N]`, the query of the step that each turned one comes from.
-        owners: int64 `[N]`, the span that it meets.
-        rows: int64 `[T, n]`, the turned queries of each query of the step; `N` for none.
-        batch: the spans as requests.
-        causal: as `paged_attention` has it.
-    """
-
-    requests: Tensor
-    spans: Tensor
-    tokens: Tensor
-    owners: Tensor
-    rows: Tensor
-    batch: QueryBatch
-    causal: bool
-
-    def bounds(
-        self, starts: Tensor | None, stops: Tensor, size: int, block_size: int
-    ) -> tuple[Tensor | None, Tensor]:
-        """Where each span is read from and to, counted from the block that its first token is in.
-
-        Args:
-            starts: int `[B]`, see `paged_attention`.
-            stops: int `[B]`.
-            size: tokens of a span.
-            block_size: `S`.
-        """
-        # In the dtypes that are given: kernels are compiled for them.
-        first = (self.spans * size).to(stops.dtype)
-        offset = first % block_size
-        # All queries of a causal piece but the last see less; those that see it all are elsewhere.
-        seen = (stops[self.requests] - first).clamp(max=size - self.causal)
-        if starts is None:
-            return offset if size % block_size else None, seen + offset
-        return (starts[self.requests] - first).clamp(min=0) + offset, seen + offset
-
-
 def reserve_turns(query: Tensor) -> None:
     """Takes and frees what turning the most queries takes, alike to `query` `[..., Hq, D]`.
 
@@ -113,105 +63,11 @@ def reserve_turns(query: Tensor) -> None:
     torch.empty(shape, dtype=torch.uint8, device=query.device)
 
 
-def context_pieces(batch: QueryBatch, size: int, block_size: int) -> list[Piece]:
-    """The spans of every request's context, each met by all queries of the request.
-
-    Args:
-        batch: of the step.
-        size: tokens of a span.
-        block_size: `S`.
-    """
-    starts = np.array(batch.host_starts)
-    lengths = np.diff(starts)
-    contexts = np.array(batch.max_seq_lens) - lengths
-    counts = np.where(lengths > 0, np.maximum(1, -(-contexts // size)), 0)
-    requests = np.repeat(np.arange(len(counts)), counts)
-    spans = np.arange(len(requests)) - (counts.cumsum() - counts)[requests]
-    entries = np.stack([requests, spans, starts[requests], starts[requests + 1]], axis=1)
-    return _in_calls(entries, batch, size + block_size, causal=False)
-
-
-def causal_pieces(
-    batch: QueryBatch, size: int, block_size: int, stops: Sequence[int]
-) -> list[Piece]:
-    """The same where each query sees one token less than the next.
-
-    A query that sees all of a span meets it like a context; only those that end within it are
-    causal there.
-
-    Args:
-        batch: of the step.
-        size: tokens of a span.
-        block_size: `S`.
-        stops: what the last query of each request sees.
-    """
-    whole, partly = [], []
-    for request, (first, stop) in enumerate(pairwise(batch.host_starts)):
-        if stop == first:
-            continue
-        shown = [stops[request] - (stop - 1 - token) for token in (first, stop - 1)]
-        for span in range(max(0, -(-shown[1] // size))):
-            begin, end = span * size, (span + 1) * size
-            # The first query that sees anything of the span, and the first that sees all of it.
-            some = min(max(first, first + begin + 1 - shown[0]), stop)
-            every = min(max(first, first + end - shown[0]), stop)
-            if every < stop:
-                whole.append((request, span, every, stop))
-            if some < every:
-                partly.append((request, span, some, every))
-    return [
-        piece
-        for entries, causal in ((whole, False), (partly, True))
-        for piece in _in_calls(np.array(entries).reshape(-1, 4), batch, size + block_size, causal)
-    ]
-
-
-def _in_calls(entries: np.ndarray, batch: QueryBatch, longest: int, causal: bool) -> list[Piece]:
-    """Entries `[V, 4]` are (request, span, first query, one past the last).
-
-    No span reaches beyond `longest` tokens of its blocks.
-    """
-    entries = entries[entries[:, 1].argsort(kind="stable")]
-    queries = (entries[:, 3] - entries[:, 2]).cumsum()
-    pieces, start, taken = [], 0, 0
-    while start < len(entries):
-        stop = max(start + 1, int(queries.searchsorted(taken + MAX_TURNED, side="right")))
-        pieces.append(_piece(entries[start:stop], batch, longest, causal))
-        start, taken = stop, queries[stop - 1]
-    return pieces
-
-
-def _piece(entries: np.ndarray, batch: QueryBatch, longest: int, causal: bool) -> Piece:
-    device = batch.query_start_loc.device
-    requests, spans, firsts, stops = entries.T
-    lengths = stops - firsts
-    starts = np.concatenate([[0], lengths.cumsum()])
-    owners = np.repeat(np.arange(len(entries)), lengths)
-    tokens = firsts[owners] + np.arange(starts[-1]) - starts[owners]
-    order = tokens.argsort(kind="stable")
-    sorted_tokens = tokens[order]
-    within = np.arange(len(order)) - np.searchsorted(sorted_tokens, sorted_tokens)
-    rows = np.full((batch.num_tokens, within.max() + 1), len(order))
-    rows[sorted_tokens, within] = order
-
-    def on_device(x: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(x)).to(device)
-
-    return Piece(
-        on_device(requests),
-        on_device(spans),
-        on_device(tokens),
-        on_device(owners),
-        on_device(rows),
-        QueryBatch.build(starts.tolist(), (longest + lengths).tolist(), device),
-        causal,
-    )
-
-
 class StepSpans:
     """The anchors of one step, and what all layers derive from them alike.
 
     Args:
+        ops: the implementation.
         size: tokens of a span.
         anchors: int64 `[B, n]`, the position of the first token of each span.
         batch: of the step.
@@ -222,6 +78,7 @@ class StepSpans:
 
     def __init__(
         self,
+        ops: "Ops",
         size: int,
         anchors: Tensor,
         batch: QueryBatch,
@@ -229,17 +86,19 @@ class StepSpans:
         block_table: Tensor,
         block_size: int,
     ) -> None:
-        self.size, self.anchors, self.batch = size, anchors, batch
+        self.ops, self.size, self.anchors, self.batch = ops, size, anchors, batch
         self.context_lens, self.block_table, self.block_size = context_lens, block_table, block_size
+        self._rebuilds = size <= MAX_REBUILT
+        self._within = ops.SPANS and anchors.shape[1] * batch.num_tokens <= MAX_TURNED
+        cuts = not (self._rebuilds or self._within)
         # Here, not in the first layer: a graph must not capture copies from the host.
-        # Unless another way is sure to be taken.
-        rebuilds = size <= MAX_REBUILT
-        self._pieces = [] if rebuilds else context_pieces(batch, size, block_size)
+        self._pieces = context_pieces(batch, size, block_size) if cuts else []
         self._derived = _Derived(anchors.device)
 
     def of(self, requests: Tensor, batch: QueryBatch) -> "StepSpans":
         """Those of some `requests` of the step, int64, with their tokens as `batch`."""
         return StepSpans(
+            self.ops,
             self.size,
             self.anchors[requests],
             batch,
@@ -262,7 +121,6 @@ class StepSpans:
 
     def attend(
         self,
-        ops: "Ops",
         query: Tensor,
         kv_cache: Tensor,
         starts: Tensor | None,
@@ -271,10 +129,9 @@ class StepSpans:
         causal: bool,
         scale: float,
     ) -> Part:
-        """As `absorb_query`, `paged_attention` and `up_project` together, span by span.
+        """As `attend_codes`, with each query turned back by the anchors that it meets.
 
         Args:
-            ops: the implementation.
             query: `[T, Hq, D]`.
             kv_cache: see `ops.reference.paged_attention`, as are the others.
             starts: int `[B]`; None for 0.
@@ -288,9 +145,9 @@ class StepSpans:
         """
         assert codec.anchors is not None
         rotary = codec.anchors.rotary
-        if self.size <= MAX_REBUILT:
+        if self._rebuilds:
             return rebuilt_attention(
-                ops,
+                self.ops,
                 query,
                 kv_cache,
                 self.block_table,
@@ -303,14 +160,14 @@ class StepSpans:
                 scale,
                 lambda key, request, first: self.turn_cached_keys(key, rotary, request, first),
             )
-        spans, tokens = self.anchors.shape[1], self.batch.num_tokens
-        if ops.SPANS and spans * tokens <= MAX_TURNED:
+        if self._within:
             cos, sin = self._derived.get(
                 ("all", rotary), lambda: rotary.tables(self.anchors[self._owners()].T.flatten())
             )
-            repeated = query.expand(spans, *query.shape).flatten(0, 1)
-            attended = ops.paged_attention(
-                ops.absorb_query(rotary.turn_by(repeated, cos, -sin), codec, scale),
+            repeated = query.expand(self.anchors.shape[1], *query.shape).flatten(0, 1)
+            return attend_codes(
+                self.ops,
+                rotary.turn_by(repeated, cos, -sin),
                 kv_cache,
                 self.block_table,
                 starts,
@@ -319,15 +176,16 @@ class StepSpans:
                 codec,
                 self.block_size,
                 causal,
+                scale,
                 self.size,
             )
-            return ops.up_project(attended, codec), attended.lse
         merged: Part | None = None
         for piece in self._causal_pieces(stops) if causal else self._pieces:
             cos, sin = self._turns(piece, rotary)
             local_starts, local_stops = piece.bounds(starts, stops, self.size, self.block_size)
-            attended = ops.paged_attention(
-                ops.absorb_query(rotary.turn_by(query[piece.tokens], cos, -sin), codec, scale),
+            out, lse = attend_codes(
+                self.ops,
+                rotary.turn_by(query[piece.tokens], cos, -sin),
                 kv_cache,
                 self._blocks(piece),
                 local_starts,
@@ -336,9 +194,10 @@ class StepSpans:
                 codec,
                 self.block_size,
                 piece.causal,
+                scale,
             )
-            part = _merge_rows(ops.up_project(attended, codec), attended.lse, piece.rows)
-            merged = part if merged is None else ops.merge_attention(merged, part)
+            part = _merge_rows(out, lse, piece.rows)
+            merged = part if merged is None else self.ops.merge_attention(merged, part)
         if merged is None:  # no query sees anything
             lse = torch.full(query.shape[:2], float("-inf"), device=query.device)
             return torch.zeros(query.shape, device=query.device), lse

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.codec.layout import KINDS
+from vllm_attentionpack.codec.positions import common_span
 from vllm_attentionpack.packfile.schema import (
     FORMAT_VERSION,
     Fingerprint,
@@ -50,7 +51,7 @@ def uncalibrated_pack(
         num_modalities=codecs[0].num_modalities,
         ratio=ratio,
         max_context=max_context,
-        anchor_span=max((c.anchors.span for c in codecs if c.anchors), default=0),
+        anchor_span=common_span(codec.anchors for codec in codecs),
         layers=tuple(
             LayerHeader(
                 name=name,

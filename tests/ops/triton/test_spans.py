@@ -8,6 +8,6 @@ from vllm_attentionpack.ops import triton as kernels
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_spans_match_the_oracle(causal):
-    codec, case, steps = case_of()
+    codec, case, steps = case_of(kernels)
     stops = case.seq_lens if causal else case.context_lens
-    check(kernels, codec, case, steps, None, stops, causal, 4e-3)
+    check(codec, case, steps, None, stops, causal, 4e-3)

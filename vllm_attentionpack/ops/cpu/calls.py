@@ -6,85 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_attentionpack.ops.cpu import structures
 from vllm_attentionpack.ops.cpu.library import kernels
-
-_INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
-#: int64 numbers of `Side` in csrc/api.h: planes, rank, scales, width and three planes of four.
-SIDE_FIELDS = 16
-
-
-class _Attend(ctypes.Structure):
-    _fields_ = (
-        *((name, _INT) for name in ("threads", "num_requests", "num_groups", "modalities")),
-        *((name, _INT) for name in ("heads_per_group", "repeats", "tokens", "span", "span_tokens")),
-        *((name, _INT) for name in ("block_size", "block_bytes", "table_stride")),
-        *((name, _INT) for name in ("causal", "bits")),
-        *((name, _POINTER) for name in ("groups", "cache", "table", "starts", "stops")),
-        *((name, _POINTER) for name in ("query_start_loc", "queries", "outputs", "lse")),
-    )
-
-
-class _Store(ctypes.Structure):
-    _fields_ = (
-        *((name, _INT) for name in ("threads", "tokens", "rank", "block_size", "block_bytes")),
-        ("modalities", _INT),
-        ("side", _INT * SIDE_FIELDS),
-        *((name, _POINTER) for name in ("latent", "step", "weight", "slots", "visual")),
-        ("cache", _POINTER),
-    )
-
-
-class _Project(ctypes.Structure):
-    _fields_ = (
-        *((name, _INT) for name in ("threads", "batch", "tokens", "repeats", "width", "segments")),
-        *((name, _INT) for name in ("x_batch", "x_token", "x_repeat")),
-        *((name, _INT) for name in ("out_batch", "out_token", "out_repeat", "bfloat16")),
-        ("factor", ctypes.c_double),
-        *((name, _POINTER) for name in ("shift", "bounds", "x", "matrix", "scale", "out")),
-    )
-
-
-class _Unpack(ctypes.Structure):
-    _fields_ = (
-        *((name, _INT) for name in ("threads", "tokens", "block_size", "block_bytes", "bfloat16")),
-        ("side", _INT * SIDE_FIELDS),
-        *((name, _POINTER) for name in ("cache", "blocks", "latent", "visual")),
-    )
-
-
-class _Exact(ctypes.Structure):
-    _fields_ = (
-        *((name, _INT) for name in ("threads", "num_requests", "most")),
-        *((name, _INT) for name in ("kv_heads", "repeats", "head_size", "type")),
-        *((name, _INT) for name in ("block_size", "block_stride", "token_stride", "side_stride")),
-        *((name, _INT) for name in ("head_stride", "query_token", "query_head")),
-        ("scale", ctypes.c_double),
-        *((name, _POINTER) for name in ("query", "pages", "slots", "present")),
-        *((name, _POINTER) for name in ("query_start_loc", "out", "lse")),
-    )
-
-
-class _Part(ctypes.Structure):
-    _fields_ = (
-        ("out", _POINTER),
-        *((name, _INT) for name in ("type", "token", "head")),
-        ("lse", _POINTER),
-    )
-
-
-class _Join(ctypes.Structure):
-    _fields_ = (
-        *((name, _INT) for name in ("threads", "tokens", "heads", "head_size", "num_parts")),
-        *((name, _POINTER) for name in ("parts", "out", "lse")),
-    )
-
-
-#: `kMaxParts` of csrc/api.h.
-MAX_PARTS = 8
-
-#: `Number::Type` of csrc/api.h.
-_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-
 
 _LIBRARY = torch.library.Library("attentionpack", "FRAGMENT")
 _LIBRARY.define(
@@ -151,10 +74,10 @@ def _attend(
     table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     heads_per_group, span_tokens, repeats, _ = queries[0].shape
     groups = len(queries)
-    pointers = _POINTER * groups
+    pointers = structures.POINTER * groups
     stops, query_start_loc = stops.contiguous(), query_start_loc.contiguous()
     starts = None if starts is None else starts.contiguous()
-    args = _Attend(
+    args = structures.Attend(
         torch.get_num_threads(),
         stops.shape[0],
         groups,
@@ -175,8 +98,8 @@ def _attend(
         None if starts is None else starts.data_ptr(),
         stops.data_ptr(),
         query_start_loc.data_ptr(),
-        ctypes.cast(pointers(*(x.data_ptr() for x in queries)), _POINTER),
-        ctypes.cast(pointers(*(x.data_ptr() for x in results[:-1])), _POINTER),
+        ctypes.cast(pointers(*(x.data_ptr() for x in queries)), structures.POINTER),
+        ctypes.cast(pointers(*(x.data_ptr() for x in results[:-1])), structures.POINTER),
         results[-1].data_ptr(),
     )
     chosen.library.ap_attend(chosen.handle, ctypes.addressof(args))
@@ -223,14 +146,14 @@ def _store(
     chosen = kernels()
     slots = slots.contiguous()
     visual = None if visual is None else visual.contiguous()
-    args = _Store(
+    args = structures.Store(
         torch.get_num_threads(),
         latent.shape[0],
         latent.stride(0),
         block_size,
         kv_cache.stride(0),
         weight.shape[0],
-        (_INT * SIDE_FIELDS)(*layout.tolist()),
+        (structures.INT * structures.SIDE_FIELDS)(*layout.tolist()),
         latent.data_ptr(),
         step.data_ptr(),
         weight.data_ptr(),
@@ -263,9 +186,9 @@ def _project(
     """
     chosen = kernels()
     threads, mean = torch.get_num_threads(), None if shift is None else shift.data_ptr()
-    args = (_Project * len(x))(
+    args = (structures.Project * len(x))(
         *(
-            _Project(
+            structures.Project(
                 threads,
                 *rows.shape[:3],
                 to.shape[3],
@@ -313,13 +236,13 @@ def _unpack(
     results = _unpack_fake(kv_cache, blocks, layout, rank, tokens, block_size, bfloat16)
     latent, visual = results
     blocks = blocks.contiguous()
-    args = _Unpack(
+    args = structures.Unpack(
         torch.get_num_threads(),
         tokens,
         block_size,
         kv_cache.stride(0),
         bfloat16,
-        (_INT * SIDE_FIELDS)(*layout.tolist()),
+        (structures.INT * structures.SIDE_FIELDS)(*layout.tolist()),
         kv_cache.data_ptr(),
         blocks.data_ptr(),
         latent.data_ptr(),
@@ -367,14 +290,14 @@ def _exact(
     slots, present = slots.contiguous(), present.contiguous()
     query_start_loc = query_start_loc.contiguous()
     _, block_size, _, kv_heads, head_size = pages.shape
-    args = _Exact(
+    args = structures.Exact(
         torch.get_num_threads(),
         slots.shape[0],
         slots.shape[1],
         kv_heads,
         query.shape[1] // kv_heads,
         head_size,
-        _TYPES[query.dtype],
+        structures.TYPES[query.dtype],
         block_size,
         *pages.stride()[:4],
         *query.stride()[:2],
@@ -407,18 +330,22 @@ def _join(outs: list[Tensor], lses: list[Tensor]) -> list[Tensor]:
     Returns:
         float32 `[T, H, D]` and `[T, H]`.
     """
-    if len(outs) > MAX_PARTS:
-        raise ValueError(f"{len(outs)} parts to merge; the kernel takes up to {MAX_PARTS}")
+    if len(outs) > structures.MAX_PARTS:
+        raise ValueError(
+            f"{len(outs)} parts to merge; the kernel takes up to {structures.MAX_PARTS}"
+        )
     chosen = kernels()
     results = _join_fake(outs, lses)
     lses = [lse.contiguous() for lse in lses]
-    parts = (_Part * len(outs))(
+    parts = (structures.Part * len(outs))(
         *(
-            _Part(out.data_ptr(), _TYPES[out.dtype], *out.stride()[:2], lse.data_ptr())
+            structures.Part(
+                out.data_ptr(), structures.TYPES[out.dtype], *out.stride()[:2], lse.data_ptr()
+            )
             for out, lse in zip(outs, lses, strict=True)
         )
     )
-    args = _Join(
+    args = structures.Join(
         torch.get_num_threads(),
         *outs[0].shape,
         len(outs),

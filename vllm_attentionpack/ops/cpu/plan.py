@@ -20,9 +20,9 @@ from torch.nn.functional import pad
 
 from vllm_attentionpack.codec.codec import LayerCodec, PlaneCodec
 from vllm_attentionpack.codec.layout import KINDS, Kind, LayerLayout, Plane, PlaneCounts
-from vllm_attentionpack.ops.cpu.calls import SIDE_FIELDS
 from vllm_attentionpack.ops.cpu.library import Kernels
 from vllm_attentionpack.ops.cpu.maps import FloatMap, Map, MapList, PackedMap
+from vllm_attentionpack.ops.cpu.structures import SIDE_FIELDS
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 // The C interface of the kernels: plain pointers, so that building them needs no PyTorch.
 //
-// `calls.py` mirrors these structures; `plan.py` makes the orders and layouts.
+// `structures.py` mirrors these structures; `plan.py` makes the orders and layouts.
 #pragma once
 
 #include <cstdint>
