@@ -18,8 +18,7 @@ from vllm_attentionpack.compat import modality_mask
 from vllm_attentionpack.errors import UnsupportedModelError
 from vllm_attentionpack.kv_cache.spec import block_view
 from vllm_attentionpack.ops.latents import Part, attend_codes
-from vllm_attentionpack.ops.pieces import MAX_TURNED
-from vllm_attentionpack.ops.spans import reserve_turns
+from vllm_attentionpack.ops.turns import MAX_TURNED
 
 
 class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
@@ -121,11 +120,10 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
             raise NotImplementedError("fused output quantisation is not supported")
         if attn_metadata is None:  # profiling run
             if self.codec is not None:
-                tokens = query.shape[0]
+                tokens = turned = query.shape[0]
                 if self.codec.anchors is not None and self.state.most_spans > 1:
-                    reserve_turns(query)
-                    tokens = max(tokens, MAX_TURNED)
-                self.state.ops.reserve(tokens, self.num_heads, self.codec)
+                    turned = max(tokens, MAX_TURNED)
+                self.state.ops.reserve(tokens, turned, self.num_heads, self.codec)
             return output.fill_(0)
         tokens = attn_metadata.num_actual_tokens
         fresh = _Fresh(query[:tokens], key[:tokens], value[:tokens])

@@ -20,9 +20,9 @@ from vllm_attentionpack.config import ServeConfig, serve_config
 from vllm_attentionpack.errors import PackMismatchError
 from vllm_attentionpack.kv_cache.pages import PageGeometry, exact_blocks, page_geometry
 from vllm_attentionpack.kv_cache.spec import shared_pool_spec
-from vllm_attentionpack.ops.pieces import MAX_TURNED
 from vllm_attentionpack.ops.select import Ops, select_ops
 from vllm_attentionpack.ops.spans import MAX_REBUILT
+from vllm_attentionpack.ops.turns import MAX_TURNED
 from vllm_attentionpack.packfile import Pack, load_pack
 from vllm_attentionpack.packfile.shard import check_shardable, shard_codec, shard_layout
 from vllm_attentionpack.plugin import BACKEND

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.ops.batch import QueryBatch
+from vllm_attentionpack.ops.turns import Turns
 
 if TYPE_CHECKING:
     from vllm_attentionpack.ops.select import Ops
@@ -26,24 +27,23 @@ def attend_codes(
     block_size: int,
     causal: bool,
     scale: float,
-    span: int = 0,
+    turns: Turns | None = None,
 ) -> Part:
     """`absorb_query`, `paged_attention` and `up_project`, one after the other.
 
     Args:
         ops: the implementation.
-        query: `[T, Hq, D]`; with `span`, `[n * T, Hq, D]`, those for the first span first.
+        query: `[T, Hq, D]`.
         kv_cache: see `ops.reference.paged_attention`, as are those up to `causal`.
         scale: softmax scale.
-        span: tokens that are met by queries of their own, where `ops.SPANS`; 0 if one query of a
-            token meets all.
+        turns: of the queries for each span, where keys are coded relative to anchors; what lies
+            beyond their spans is not seen.
 
     Returns:
         The output, float32 `[T, Hq, D]`, and the log-sum-exp.
     """
-    within = {"span": span} if span else {}
     attended = ops.paged_attention(
-        ops.absorb_query(query, codec, scale),
+        ops.absorb_query(query, codec, scale, turns),
         kv_cache,
         block_table,
         starts,
@@ -52,6 +52,5 @@ def attend_codes(
         codec,
         block_size,
         causal,
-        **within,
     )
     return ops.up_project(attended, codec), attended.lse

@@ -18,9 +18,7 @@ from vllm_attentionpack.codec.quantize import decode_scale, encode_scale, pack_c
 from vllm_attentionpack.ops.batch import QueryBatch, Segment
 from vllm_attentionpack.ops.exact import exact_attention as exact_attention
 from vllm_attentionpack.ops.fresh import merge_attention as merge_attention
-
-#: See `ops.cpu.SPANS`.
-SPANS = False
+from vllm_attentionpack.ops.turns import SpanRows, Turns
 
 #: Bytes of float32 latents that one tile of context may unpack to.
 _TILE_BYTES = 1 << 25
@@ -31,12 +29,15 @@ class AbsorbedQuery:
     """Queries in the latent space of the keys; one entry per head group, softmax scale included.
 
     Attributes:
-        latent: float32 `[T, Hg, M, R]` each, `Hg` query heads of the group.
-        mean_logit: float32 `[T, Hg, M]` each, the query against the mean key of each modality.
+        latent: float32 `[N, Hg, M, R]` each, `Hg` query heads of the group; `N` is `T` where one
+            query of a token meets all keys.
+        mean_logit: float32 `[N, Hg, M]` each, the query against the mean key of each modality.
+        rows: what rows are where they are not tokens.
     """
 
     latent: list[Tensor]
     mean_logit: list[Tensor]
+    rows: SpanRows | None = None
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,14 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def reserve(tokens: int, query_heads: int, codec: LayerCodec) -> None:
+def reserve(tokens: int, turned: int, query_heads: int, codec: LayerCodec) -> None:
     """Makes what is made once per layer, and takes and frees the memory of a step.
 
     vLLM measures on a run without metadata what a model takes beside its caches.
 
     Args:
         tokens: new tokens of the step.
+        turned: queries that are absorbed in one call, at most.
         query_heads: of the layer, on this rank.
         codec: of the layer.
     """
@@ -169,8 +171,19 @@ def decompress(
     return key, value
 
 
-def absorb_query(query: Tensor, codec: LayerCodec, scale: float) -> AbsorbedQuery:
-    """Maps queries into the latent space of the keys, `[T, Hq, D]` in any float dtype."""
+def absorb_query(
+    query: Tensor, codec: LayerCodec, scale: float, turns: Turns | None = None
+) -> AbsorbedQuery:
+    """Maps queries into the latent space of the keys.
+
+    Args:
+        query: `[T, Hq, D]`, any float dtype.
+        codec: the layer's codec.
+        scale: softmax scale.
+        turns: of the queries, where keys are coded relative to anchors.
+    """
+    if turns is not None:
+        query = turns.back(query.float())
     latent, mean_logit = [], []
     repeats = query.shape[1] // codec.layout.num_kv_heads
     grouped = query.float().unflatten(1, (-1, repeats)) * scale  # [T, Hk, rep, D]
@@ -181,7 +194,7 @@ def absorb_query(query: Tensor, codec: LayerCodec, scale: float) -> AbsorbedQuer
         q = grouped[:, heads]
         latent.append(torch.einsum("tgpd,mrgd->tgpmr", q, decode).flatten(1, 2))
         mean_logit.append(torch.einsum("tgpd,mgd->tgpm", q, mean).flatten(1, 2))
-    return AbsorbedQuery(latent, mean_logit)
+    return AbsorbedQuery(latent, mean_logit, turns and turns.rows)
 
 
 def paged_attention(
@@ -198,7 +211,7 @@ def paged_attention(
     """Attends to the codes of each request's tokens `starts` to `stops`.
 
     Args:
-        query: absorbed queries of `T` tokens.
+        query: absorbed queries of `T` tokens; with `rows`, only the tokens of their spans are seen.
         kv_cache: uint8 `[num_blocks, block_bytes]`.
         block_table: int `[B, max_blocks]`; entries beyond a request's blocks may be anything.
         starts: int `[B]`, the first token that each request sees, 0 or more; None for 0.
@@ -214,9 +227,11 @@ def paged_attention(
     Returns:
         Normalised latents, modality weights and log-sum-exp of all `T` tokens.
     """
-    tokens = query.latent[0].shape[0]
+    tokens, rows = batch.num_tokens, query.rows
     device = kv_cache.device
     first = torch.zeros_like(stops).long() if starts is None else starts.long()
+    if rows is not None:
+        first = first.clamp(min=rows.start_token)
     latents, weights, lses = [], [], []
     planes = _planes_by_owner(codec.layout, block_size)
     for g, (group, _) in enumerate(codec.group_heads()):
@@ -227,8 +242,7 @@ def paged_attention(
         lse = torch.full(shape[:2], float("-inf"), device=device)
         for segment in batch.segments:
             result = _attend_segment(
-                query.latent[g][segment.tokens],
-                query.mean_logit[g][segment.tokens],
+                _Stretches(query.latent[g], query.mean_logit[g], segment, rows),
                 _Pages(kv_cache, block_table[segment.requests].long(), block_size),
                 first[segment.requests],
                 stops[segment.requests].long(),
@@ -294,9 +308,43 @@ class _Pages:
         return latent, visual
 
 
+@dataclass(frozen=True)
+class _Stretches:
+    """The queries of one segment, by what they meet; see `AbsorbedQuery`."""
+
+    latent: Tensor
+    mean_logit: Tensor
+    segment: Segment
+    rows: SpanRows | None
+
+    def logits(self, start: int, keys: Tensor) -> Tensor:
+        """`[b, q, h, M, n]` of latent keys `[b, n, R]` of the tokens from `start` on."""
+        if self.rows is None:
+            return self._logits(self.segment.tokens, keys)
+        cuts = range(start - start % self.rows.size, start + keys.shape[1], self.rows.size)
+        parts = keys.split([
+            min(cut + self.rows.size, start + keys.shape[1]) - max(cut, start) for cut in cuts
+        ], 1)
+        return torch.cat(
+            [self._logits(self._span(cut), part) for cut, part in zip(cuts, parts, strict=True)], -1
+        )
+
+    def _span(self, first_token: int) -> Tensor:
+        """int64 `[b, q]`, rows; of a span that a request lacks, any."""
+        assert self.rows is not None
+        span = first_token // self.rows.size - self.rows.first
+        length = self.segment.tokens.shape[1]
+        first = self.rows.row_starts[self.segment.requests].long() + span * length
+        queries = torch.arange(length, device=first.device)
+        return (first[:, None] + queries).clamp(0, len(self.latent) - 1)
+
+    def _logits(self, rows: Tensor, keys: Tensor) -> Tensor:
+        products = torch.einsum("bqhmr,bnr->bqhmn", self.latent[rows], keys)
+        return products + self.mean_logit[rows][..., None]
+
+
 def _attend_segment(
-    query: Tensor,
-    mean_logit: Tensor,
+    query: _Stretches,
     pages: _Pages,
     starts: Tensor,
     stops: Tensor,
@@ -305,12 +353,13 @@ def _attend_segment(
     value: _CodecPlanes,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Online softmax over tiles of context for `[b, q, h, M, R]` queries.
+    """Online softmax over tiles of context.
 
     Returns latent `[b, q, h, M, Rv]`, weight `[b, q, h, M]` and log-sum-exp `[b, q, h]`.
     """
-    b, length, heads, modalities, _ = query.shape
-    device = query.device
+    b, length = segment.tokens.shape
+    _, heads, modalities, _ = query.latent.shape
+    device = query.latent.device
     top = torch.full((b, length, heads), float("-inf"), device=device)
     total = torch.zeros(b, length, heads, device=device)
     weight = torch.zeros(b, length, heads, modalities, device=device)
@@ -318,6 +367,8 @@ def _attend_segment(
     end = stops[:, None].expand(b, length)
     if causal:
         end = end - length + 1 + torch.arange(length, device=device)
+    if query.rows is not None:
+        end = end.clamp(max=query.rows.stop_token)
 
     widest = max(key[0].rank, value[0].rank, length * heads)
     tile_tokens = max(1, _TILE_BYTES // (4 * b * widest))
@@ -329,7 +380,7 @@ def _attend_segment(
         started = position >= starts[:, None]  # [b, n]
         seen = (started[:, None] & (position < end[..., None]))[:, :, None]  # [b, q, 1, n]
         v = torch.where((started & (position < stops[:, None]))[..., None], v, 0.0)
-        logits = torch.einsum("bqhmr,bnr->bqhmn", query, k) + mean_logit[..., None]
+        logits = query.logits(start, k)
         if modalities == 2:
             chosen = torch.stack([~visual, visual], 1)[:, None, None]  # [b, 1, 1, M, n]
             logit = torch.where(visual[:, None, None], logits[..., 1, :], logits[..., 0, :])

@@ -11,6 +11,7 @@ from vllm_attentionpack.errors import ConfigError
 from vllm_attentionpack.ops.batch import QueryBatch
 from vllm_attentionpack.ops.exact import ExactTokens
 from vllm_attentionpack.ops.reference import AbsorbedQuery, AttendedLatent
+from vllm_attentionpack.ops.turns import Turns
 
 #: Implementations by name, the fastest first; each module has the functions of `Ops`.
 IMPLEMENTATIONS = {
@@ -24,12 +25,10 @@ AUTO = "auto"
 class Ops(Protocol):
     """Compute on pages; `ops.reference`, `.exact`, `.fresh` document shapes, dtypes, meaning."""
 
-    SPANS: bool
-
     def unavailable(self, device: torch.device) -> str | None:
         """Why this implementation cannot run on `device` here; None if it can."""
 
-    def reserve(self, tokens: int, query_heads: int, codec: LayerCodec) -> None: ...
+    def reserve(self, tokens: int, turned: int, query_heads: int, codec: LayerCodec) -> None: ...
 
     def warm_up(
         self,
@@ -62,7 +61,9 @@ class Ops(Protocol):
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]: ...
 
-    def absorb_query(self, query: Tensor, codec: LayerCodec, scale: float) -> AbsorbedQuery: ...
+    def absorb_query(
+        self, query: Tensor, codec: LayerCodec, scale: float, turns: Turns | None = None
+    ) -> AbsorbedQuery: ...
 
     def paged_attention(
         self,
@@ -75,7 +76,6 @@ class Ops(Protocol):
         codec: LayerCodec,
         block_size: int,
         causal: bool,
-        span: int = 0,
     ) -> AttendedLatent: ...
 
     def up_project(self, attended: AttendedLatent, codec: LayerCodec) -> Tensor: ...

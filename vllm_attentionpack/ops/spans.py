@@ -1,10 +1,8 @@
 """Attention to keys that are coded relative to anchors (`codec.positions.Anchors`).
 
-A span of a request goes to `paged_attention` like a request of its own: with its part of the block
-table, its bounds, and the request's queries turned back by its anchor; what that costs is one
-absorption of the queries per span, and the merge of the spans. Kernels that read queries of their
-own for every span save the merge (`SPANS` of `ops.cpu`). Where spans are very short, rebuilding
-keys and turning them to where they stood is less (`ops.rebuilt`).
+Queries are absorbed once for every span that they meet, turned back by its anchor (`ops.turns`), and
+the kernels take the queries of the span that they read. Where spans are very short, rebuilding keys
+and turning them to where they stood is less (`ops.rebuilt`).
 """
 
 from collections.abc import Callable
@@ -17,8 +15,8 @@ from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.codec.positions import Rotary
 from vllm_attentionpack.ops.batch import QueryBatch
 from vllm_attentionpack.ops.latents import Part, attend_codes
-from vllm_attentionpack.ops.pieces import MAX_TURNED, Piece, causal_pieces, context_pieces
 from vllm_attentionpack.ops.rebuilt import rebuilt_attention
+from vllm_attentionpack.ops.turns import SpanRows, Turns, span_rows
 
 if TYPE_CHECKING:
     from vllm_attentionpack.ops.select import Ops
@@ -53,16 +51,6 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def reserve_turns(query: Tensor) -> None:
-    """Takes and frees what turning the most queries takes, alike to `query` `[..., Hq, D]`.
-
-    They are gathered, widened to float32, turned, and brought back to their dtype.
-    """
-    size = 2 * query.element_size() + 2 * torch.float32.itemsize
-    shape = (MAX_TURNED, *query.shape[-2:], size)
-    torch.empty(shape, dtype=torch.uint8, device=query.device)
-
-
 class StepSpans:
     """The anchors of one step, and what all layers derive from them alike.
 
@@ -89,10 +77,8 @@ class StepSpans:
         self.ops, self.size, self.anchors, self.batch = ops, size, anchors, batch
         self.context_lens, self.block_table, self.block_size = context_lens, block_table, block_size
         self._rebuilds = size <= MAX_REBUILT
-        self._within = ops.SPANS and anchors.shape[1] * batch.num_tokens <= MAX_TURNED
-        cuts = not (self._rebuilds or self._within)
         # Here, not in the first layer: a graph must not capture copies from the host.
-        self._pieces = context_pieces(batch, size, block_size) if cuts else []
+        self._rows = [] if self._rebuilds else span_rows(batch, size, causal=False)
         self._derived = _Derived(anchors.device)
 
     def of(self, requests: Tensor, batch: QueryBatch) -> "StepSpans":
@@ -160,14 +146,11 @@ class StepSpans:
                 scale,
                 lambda key, request, first: self.turn_cached_keys(key, rotary, request, first),
             )
-        if self._within:
-            cos, sin = self._derived.get(
-                ("all", rotary), lambda: rotary.tables(self.anchors[self._owners()].T.flatten())
-            )
-            repeated = query.expand(self.anchors.shape[1], *query.shape).flatten(0, 1)
-            return attend_codes(
+        merged: Part | None = None
+        for rows in self._causal_rows() if causal else self._rows:
+            part = attend_codes(
                 self.ops,
-                rotary.turn_by(repeated, cos, -sin),
+                query,
                 kv_cache,
                 self.block_table,
                 starts,
@@ -177,59 +160,20 @@ class StepSpans:
                 self.block_size,
                 causal,
                 scale,
-                self.size,
+                self._turns(rows, rotary),
             )
-        merged: Part | None = None
-        for piece in self._causal_pieces(stops) if causal else self._pieces:
-            cos, sin = self._turns(piece, rotary)
-            local_starts, local_stops = piece.bounds(starts, stops, self.size, self.block_size)
-            out, lse = attend_codes(
-                self.ops,
-                rotary.turn_by(query[piece.tokens], cos, -sin),
-                kv_cache,
-                self._blocks(piece),
-                local_starts,
-                local_stops,
-                piece.batch,
-                codec,
-                self.block_size,
-                piece.causal,
-                scale,
-            )
-            part = _merge_rows(out, lse, piece.rows)
             merged = part if merged is None else self.ops.merge_attention(merged, part)
-        if merged is None:  # no query sees anything
-            lse = torch.full(query.shape[:2], float("-inf"), device=query.device)
-            return torch.zeros(query.shape, device=query.device), lse
+        assert merged is not None
         return merged
 
-    def _causal_pieces(self, stops: Tensor) -> list[Piece]:
-        known = tuple(stops.tolist())
-        return self._derived.get(
-            known, lambda: causal_pieces(self.batch, self.size, self.block_size, known)
+    def _causal_rows(self) -> list[SpanRows]:
+        return self._derived.get("causal", lambda: span_rows(self.batch, self.size, causal=True))
+
+    def _turns(self, rows: SpanRows, rotary: Rotary) -> Turns:
+        cos, sin = self._derived.get(
+            (rows, rotary), lambda: rotary.tables(self.anchors[rows.requests, rows.spans])
         )
-
-    def _turns(self, piece: Piece, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `[N, P]` of the anchor that each turned query meets."""
-
-        def make() -> tuple[Tensor, Tensor]:
-            return rotary.tables(self.anchors[piece.requests, piece.spans][piece.owners])
-
-        return self._derived.get((piece, rotary), make)
-
-    def _blocks(self, piece: Piece) -> Tensor:
-        """int32 `[V, blocks]`: the block table of a piece."""
-        size, block_size = self.size, self.block_size
-        # Spans that do not divide blocks, nor blocks them, reach into one more.
-        blocks = -(-size // block_size) + bool(size % block_size and block_size % size)
-
-        def make() -> Tensor:
-            table = self.block_table
-            columns = torch.arange(blocks, device=table.device)
-            columns = piece.spans[:, None] * size // block_size + columns
-            return table[piece.requests[:, None], columns.clamp(max=table.shape[1] - 1)]
-
-        return self._derived.get(piece, make)
+        return Turns(rows, rotary, cos, sin)
 
     def _new_anchors(self) -> Tensor:
         """int64 `[T]`: those of the new tokens."""
@@ -246,19 +190,3 @@ class StepSpans:
         # A graph may have been captured for more tokens than there are: those have no slots.
         owners = torch.searchsorted(starts[1:].contiguous(), tokens, right=True)
         return owners.clamp(max=len(starts) - 2)
-
-
-def _merge_rows(out: Tensor, lse: Tensor, rows: Tensor) -> Part:
-    """Merges what the turned queries of each query gave.
-
-    Args:
-        out: float32 `[N, Hq, D]`.
-        lse: float32 `[N, Hq]`.
-        rows: int64 `[T, n]`, `N` for none.
-    """
-    missing = rows == len(out)
-    rows = rows.masked_fill(missing, 0)
-    logs = lse[rows].masked_fill_(missing[..., None], float("-inf"))  # [T, n, Hq]
-    total = logs.logsumexp(1)
-    shares = (logs - torch.where(total.isinf(), 0.0, total)[:, None]).exp_()
-    return out[rows].mul_(shares[..., None]).sum(1), total
