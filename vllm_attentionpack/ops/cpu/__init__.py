@@ -18,14 +18,11 @@ from vllm_attentionpack.ops.cpu.plan import CpuPlan, EncodeTables, plan_of
 from vllm_attentionpack.ops.exact import ExactTokens
 from vllm_attentionpack.ops.reference import reserve as reserve
 from vllm_attentionpack.ops.reference import warm_up as warm_up
+from vllm_attentionpack.ops.turns import SpanRows, Turns
 
 #: Of the numbers that codes are multiplied with, so that the error stays near that of the model's
 #: own dtype: floats, 16-bit integers, or 8-bit ones for the codes of 2 bits and 16-bit ones else.
 BITS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 8}
-
-#: Whether `paged_attention` takes queries `[n * T]` that each meet one of a request's `n` spans of
-#: `span` tokens, and gives what all of them see together.
-SPANS = True
 
 #: Of models: the maps in and out may go by integers (see `maps.py`), whose error is well below that
 #: of these dtypes.
@@ -37,13 +34,15 @@ class CpuQuery:
     """Absorbed queries.
 
     Attributes:
-        latent: float32 `[G, T, repeats, M * (Rk + 1) or more]` per head group: latent queries of
+        latent: float32 `[G, N, repeats, M * (Rk + 1) or more]` per head group: latent queries of
             each modality, then the logits of the mean keys.
         dtype: of the model; decides how exact the arithmetic is.
+        rows: what the `N` rows are where they are not tokens.
     """
 
     latent: list[Tensor]
     dtype: torch.dtype
+    rows: SpanRows | None = None
 
 
 @dataclass(frozen=True)
@@ -156,19 +155,25 @@ def decompress(
     return key, value
 
 
-def absorb_query(query: Tensor, codec: LayerCodec, scale: float) -> CpuQuery:
+def absorb_query(
+    query: Tensor, codec: LayerCodec, scale: float, turns: Turns | None = None
+) -> CpuQuery:
     """See `ops.reference.absorb_query`."""
-    plan = _plan(codec, query.dtype)
+    plan, rows = _plan(codec, query.dtype), turns and turns.rows
+    if turns is not None and not plan.absorb.packed:
+        query, turns = turns.back(query), None
     if query.stride(2) != 1:
         query = query.contiguous()
     by_head = query.unflatten(1, (codec.layout.num_kv_heads, -1)).transpose(0, 1)
     groups = by_head.split(codec.layout.heads_per_group)  # [G, T, repeats, D] each
     latent = [
-        x.new_empty(*x.shape[:3], width, dtype=torch.float32)
+        x.new_empty(
+            x.shape[0], len(turns.cos) if turns else x.shape[1], x.shape[2], width, dtype=torch.float32
+        )
         for x, width in zip(groups, plan.query_widths, strict=True)
     ]
-    plan.absorb.into(latent, groups, scale)
-    return CpuQuery(latent, query.dtype)
+    plan.absorb.into(latent, groups, scale, turns)
+    return CpuQuery(latent, query.dtype, rows)
 
 
 def paged_attention(
@@ -181,11 +186,9 @@ def paged_attention(
     codec: LayerCodec,
     block_size: int,
     causal: bool,
-    span: int = 0,
 ) -> CpuAttended:
-    """See `ops.reference.paged_attention`, and `SPANS` for `span`."""
-    plan = _plan(codec, query.dtype)
-    spans = query.latent[0].shape[1] // batch.num_tokens if span else 1
+    """See `ops.reference.paged_attention`."""
+    plan, rows = _plan(codec, query.dtype), query.rows
     *latent, lse = calls.attend(
         query.latent,
         plan.table(block_size),
@@ -199,8 +202,9 @@ def paged_attention(
         codec.num_modalities,
         causal,
         BITS[query.dtype],
-        span,
-        spans,
+        batch.num_tokens,
+        rows.row_starts if rows else None,
+        [rows.size, rows.first, rows.stop] if rows else [],
     )
     return CpuAttended(latent, lse, query.dtype)
 

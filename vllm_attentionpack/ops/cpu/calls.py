@@ -13,7 +13,7 @@ _LIBRARY = torch.library.Library("attentionpack", "FRAGMENT")
 _LIBRARY.define(
     "cpu_attend(Tensor[] queries, Tensor layout, int[] widths, Tensor kv_cache, "
     "Tensor block_table, Tensor? starts, Tensor stops, Tensor query_start_loc, int block_size, "
-    "int modalities, bool causal, int bits, int span, int spans) -> Tensor[]"
+    "int modalities, bool causal, int bits, int tokens, Tensor? row_starts, int[] spans) -> Tensor[]"
 )
 _LIBRARY.define(
     "cpu_store(Tensor latent, Tensor step, Tensor weight, Tensor slots, "
@@ -21,7 +21,8 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "cpu_project(Tensor[] x, Tensor? shift, Tensor[] matrix, Tensor[] scale, Tensor[] bounds, "
-    "float factor, Tensor(a!)[] out) -> ()"
+    "float factor, Tensor? sources, Tensor? cos, Tensor? sin, bool interleaved, "
+    "Tensor(a!)[] out) -> ()"
 )
 _LIBRARY.define(
     "cpu_unpack(Tensor kv_cache, Tensor blocks, Tensor layout, int rank, int tokens, "
@@ -47,13 +48,14 @@ def _attend(
     modalities: int,
     causal: bool,
     bits: int,
-    span: int,
-    spans: int,
+    tokens: int,
+    row_starts: Tensor | None,
+    spans: list[int],
 ) -> list[Tensor]:
     """See `plan.py` for layouts and orders.
 
     Args:
-        queries: float32 `[G, spans * T, repeats, width of K]` per head group.
+        queries: float32 `[G, N, repeats, width of K]` per head group.
         layout: int64 `[groups, 2, SIDE_FIELDS]`.
         widths: per head group, floats of one row of the result.
         kv_cache: uint8 `[num_blocks, block_bytes]`, rows contiguous.
@@ -63,16 +65,17 @@ def _attend(
         query_start_loc: int32 `[B + 1]`.
         bits: of the numbers that codes are multiplied with: 32 for floats, 16, or 8, which goes
             for codes of 2 bits.
-        span: tokens that are met by queries of their own; 0 if all are met by the same.
-        spans: of the longest request; queries for the first come first.
+        tokens: `T`, of the step; `N` where one query of a token meets all keys.
+        row_starts: int32 `[B]`, see `SpanRows`; None where one query meets all.
+        spans: its size, first and stop; empty without.
 
     Returns:
         float32 `[G, T, repeats, width]` per head group, and last the log-sum-exp `[T, Hq]`.
     """
     chosen = kernels()
-    results = _empty_results(queries, widths, spans)
+    results = _empty_results(queries, widths, tokens)
     table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
-    heads_per_group, span_tokens, repeats, _ = queries[0].shape
+    heads_per_group, rows, repeats, _ = queries[0].shape
     groups = len(queries)
     pointers = structures.POINTER * groups
     stops, query_start_loc = stops.contiguous(), query_start_loc.contiguous()
@@ -84,9 +87,9 @@ def _attend(
         modalities,
         heads_per_group,
         repeats,
-        span_tokens // spans,
-        span,
-        span_tokens,
+        tokens,
+        rows,
+        *(spans or (0, 0, 0)),
         block_size,
         kv_cache.stride(0),
         table.stride(0),
@@ -98,6 +101,7 @@ def _attend(
         None if starts is None else starts.data_ptr(),
         stops.data_ptr(),
         query_start_loc.data_ptr(),
+        None if row_starts is None else row_starts.data_ptr(),
         ctypes.cast(pointers(*(x.data_ptr() for x in queries)), structures.POINTER),
         ctypes.cast(pointers(*(x.data_ptr() for x in results[:-1])), structures.POINTER),
         results[-1].data_ptr(),
@@ -106,9 +110,8 @@ def _attend(
     return results
 
 
-def _empty_results(queries: list[Tensor], widths: list[int], spans: int) -> list[Tensor]:
-    heads_per_group, span_tokens, repeats, _ = queries[0].shape
-    tokens = span_tokens // spans
+def _empty_results(queries: list[Tensor], widths: list[int], tokens: int) -> list[Tensor]:
+    heads_per_group, _, repeats, _ = queries[0].shape
     results = [
         query.new_empty(heads_per_group, tokens, repeats, width)
         for query, width in zip(queries, widths, strict=True)
@@ -119,7 +122,7 @@ def _empty_results(queries: list[Tensor], widths: list[int], spans: int) -> list
 def _attend_fake(
     queries: list[Tensor], layout: Tensor, widths: list[int], *others: Any
 ) -> list[Tensor]:
-    return _empty_results(queries, widths, spans=others[-1])
+    return _empty_results(queries, widths, tokens=others[-3])
 
 
 def _store(
@@ -171,6 +174,10 @@ def _project(
     scale: list[Tensor],
     bounds: list[Tensor],
     factor: float,
+    sources: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
     out: list[Tensor],
 ) -> None:
     """`out[i][b] = factor * (x[i][b] - shift) @ matrix[i][b]`.
@@ -182,21 +189,29 @@ def _project(
         scale: float32.
         bounds: int64.
         factor: of the result.
-        out: float32 `[B, T, repeats, width]` each, contiguous along a row; mutated.
+        sources: int32 `[N]`, the token of `x` that each row comes from, turned back on the way;
+            None if rows are the tokens, as they are.
+        cos: float32 `[N, P]`, with `sin` the angles of each row.
+        sin: float32 `[N, P]`.
+        interleaved: see `codec.positions.Rotary`.
+        out: float32 `[B, N, repeats, width]` each, contiguous along a row; mutated.
     """
     chosen = kernels()
+    turns = [None if t is None else t.contiguous() for t in (sources, cos, sin)]
     threads, mean = torch.get_num_threads(), None if shift is None else shift.data_ptr()
     args = (structures.Project * len(x))(
         *(
             structures.Project(
                 threads,
-                *rows.shape[:3],
-                to.shape[3],
+                *to.shape[:4],
                 ends.shape[0] - 1,
                 *rows.stride()[:3],
                 *to.stride()[:3],
                 rows.dtype == torch.bfloat16,
                 factor,
+                *(None if t is None else t.data_ptr() for t in turns),
+                0 if cos is None else cos.shape[1],
+                interleaved,
                 mean,
                 ends.data_ptr(),
                 rows.data_ptr(),

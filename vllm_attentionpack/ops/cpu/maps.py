@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from vllm_attentionpack.ops.cpu import calls
 from vllm_attentionpack.ops.cpu.library import Kernels
+from vllm_attentionpack.ops.turns import Turns
 
 
 class Map(ABC):
@@ -90,11 +91,12 @@ class PackedMap(Map):
     def into(
         self, out: Tensor, x: Tensor, factor: float = 1.0, shift: Tensor | None = None
     ) -> None:
-        calls.project([x], shift, [self.matrix], [self.scale], [self.bounds], factor, [out])
+        maps = [self.matrix], [self.scale], [self.bounds]
+        calls.project([x], shift, *maps, factor, None, None, None, False, [out])
 
 
 class MapList:
-    """Several maps, of which packed ones go in one call; each as `Map.into`."""
+    """Several maps, which go in one call if all are packed; each as `Map.into`."""
 
     def __init__(self, maps: Sequence[Map]) -> None:
         self.maps = maps
@@ -103,9 +105,24 @@ class MapList:
         self._scale = [each.scale for each in packed]
         self._bounds = [each.bounds for each in packed]
 
-    def into(self, out: Sequence[Tensor], x: Sequence[Tensor], factor: float = 1.0) -> None:
-        if len(self._matrix) == len(self.maps):
-            calls.project(x, None, self._matrix, self._scale, self._bounds, factor, out)
+    @property
+    def packed(self) -> bool:
+        return len(self._matrix) == len(self.maps)
+
+    def into(
+        self,
+        out: Sequence[Tensor],
+        x: Sequence[Tensor],
+        factor: float = 1.0,
+        turns: Turns | None = None,
+    ) -> None:
+        """With `turns`, which packed maps alone take, rows are its own."""
+        if self.packed:
+            angles: tuple[object, ...] = (None, None, None, False)
+            if turns is not None:
+                angles = (turns.rows.tokens, turns.cos, turns.sin, turns.rotary.interleaved)
+            calls.project(x, None, self._matrix, self._scale, self._bounds, factor, *angles, out)
             return
+        assert turns is None
         for each, to, rows in zip(self.maps, out, x, strict=True):
             each.into(to, rows, factor)

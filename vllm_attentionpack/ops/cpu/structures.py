@@ -12,11 +12,13 @@ SIDE_FIELDS = 16
 class Attend(ctypes.Structure):
     _fields_ = (
         *((name, INT) for name in ("threads", "num_requests", "num_groups", "modalities")),
-        *((name, INT) for name in ("heads_per_group", "repeats", "tokens", "span", "span_tokens")),
+        *((name, INT) for name in ("heads_per_group", "repeats", "tokens", "rows")),
+        *((name, INT) for name in ("span", "first_span", "stop_span")),
         *((name, INT) for name in ("block_size", "block_bytes", "table_stride")),
         *((name, INT) for name in ("causal", "bits")),
         *((name, POINTER) for name in ("groups", "cache", "table", "starts", "stops")),
-        *((name, POINTER) for name in ("query_start_loc", "queries", "outputs", "lse")),
+        *((name, POINTER) for name in ("query_start_loc", "row_starts")),
+        *((name, POINTER) for name in ("queries", "outputs", "lse")),
     )
 
 
@@ -36,6 +38,8 @@ class Project(ctypes.Structure):
         *((name, INT) for name in ("x_batch", "x_token", "x_repeat")),
         *((name, INT) for name in ("out_batch", "out_token", "out_repeat", "bfloat16")),
         ("factor", ctypes.c_double),
+        *((name, POINTER) for name in ("sources", "cos", "sin")),
+        *((name, INT) for name in ("planes", "interleaved")),
         *((name, POINTER) for name in ("shift", "bounds", "x", "matrix", "scale", "out")),
     )
 

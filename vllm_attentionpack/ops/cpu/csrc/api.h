@@ -34,9 +34,10 @@ struct Attend {
     int64_t heads_per_group;  // KV heads
     int64_t repeats;          // query heads per KV head
     int64_t tokens;           // all queries of the step
-    // Where codes of each `span` tokens are met by queries of their own: how many such queries there
-    // are in all, those of the first span first. 0 and `tokens` where one query serves all.
-    int64_t span, span_tokens;
+    int64_t rows;             // of `queries`: `tokens`, or more where spans have queries of their own
+    // Tokens that are met by the same queries, 0 for all; then only the spans from `first_span` to
+    // `stop_span` of a request are read. See `SpanRows` of `turns.py`.
+    int64_t span, first_span, stop_span;
     int64_t block_size, block_bytes, table_stride;
     int64_t causal;
     // Of the numbers that codes are multiplied with: 32 (floats), 16, or 8 (where codes have two).
@@ -47,7 +48,8 @@ struct Attend {
     const int32_t* starts;  // null: all zero
     const int32_t* stops;
     const int32_t* query_start_loc;
-    const float* const* queries;  // per group [G, span tokens, repeats, M * (Rk + 1) and more]
+    const int32_t* row_starts;    // [B], of each request's rows; null without spans
+    const float* const* queries;  // per group [G, rows, repeats, M * (Rk + 1) and more]
     float* const* outputs;        // per group [G, T, repeats, M * (lanes of V + 1) and more]
     float* lse;                   // [T, Hq]
 };
@@ -55,6 +57,7 @@ struct Attend {
 // out[b] = factor * (x[b] - shift) @ matrix[b] for `batch` matrices of 16-bit integers, each with
 // its rows in segments of at most kSegment that have a scale per column; see `maps.py` for the
 // order. Rows of `x` are numbered (token, repeat); strides count elements, those along a row are one.
+// With `sources`, row `i` comes from the token `sources[i]` of `x`, turned back by the angles of `i`.
 constexpr int64_t kSegment = 128;
 // Of the integers, of both sides: so many products of two still fit an int32.
 constexpr int64_t kLargest = 4095;
@@ -66,6 +69,10 @@ struct Project {
     int64_t out_batch, out_token, out_repeat;
     int64_t bfloat16;  // x is; else float
     double factor;
+    const int32_t* sources;  // [tokens], or null
+    const float* cos;        // [tokens, planes]
+    const float* sin;
+    int64_t planes, interleaved;  // of dims (2i, 2i + 1); else (i, i + planes)
     const float* shift;     // [depth], or null
     const int64_t* bounds;  // [segments + 1]: where they begin, even, and the end
     const void* x;

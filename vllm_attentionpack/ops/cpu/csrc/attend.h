@@ -65,24 +65,16 @@ class Attention {
     }
 
     void run() {
-        prepare_queries();
         std::fill_n(s_->top[0], 2 * kMaxRows, -kInfinity);
         std::memset(s_->running, 0, args_.modalities * sizeof s_->running[0]);
-        const int32_t* table = args_.table + piece_.request * args_.table_stride;
-        const int64_t size = args_.block_size;
         for (int64_t position = piece_.start; position < piece_.stop;) {
-            const int64_t index = position / size;
-            const uint8_t* block = args_.cache + int64_t(table[index]) * args_.block_bytes;
-            const int64_t end = std::min(piece_.stop, (index + 1) * size);
-            if (next_block_ <= index) next_block_ = index + 1, next_byte_ = first_byte_;
-            last_ahead_ = (end + 2 * kTile) / size;
-            append(block, position - index * size, end - index * size, position);
+            const int64_t span = args_.span ? position / args_.span : 0;
+            const int64_t end = args_.span ? std::min(piece_.stop, (span + 1) * args_.span) : piece_.stop;
+            prepare_queries(span);
+            read(position, end);
             position = end;
         }
-        for (int64_t m = 0; m < args_.modalities; ++m) {
-            if (s_->tiles[m].count) process(m);
-            finish(m);
-        }
+        for (int64_t m = 0; m < args_.modalities; ++m) finish(m);
     }
 
     static int64_t memory(const Attend& args, int64_t rows, int64_t rank) {
@@ -92,14 +84,31 @@ class Attention {
   private:
     static bool in_quads(const Plane& plane) { return A::kNarrow && by_quads(plane.bits); }
 
+    // The tokens from `position` to `stop`, all met by the same queries.
+    void read(int64_t position, int64_t stop) {
+        const int32_t* table = args_.table + piece_.request * args_.table_stride;
+        const int64_t size = args_.block_size;
+        while (position < stop) {
+            const int64_t index = position / size;
+            const uint8_t* block = args_.cache + int64_t(table[index]) * args_.block_bytes;
+            const int64_t end = std::min(stop, (index + 1) * size);
+            if (next_block_ <= index) next_block_ = index + 1, next_byte_ = first_byte_;
+            last_ahead_ = (end + 2 * kTile) / size;
+            append(block, position - index * size, end - index * size, position);
+            position = end;
+        }
+        for (int64_t m = 0; m < args_.modalities; ++m)
+            if (s_->tiles[m].count) process(m);
+    }
+
     float* sum(int64_t m, int64_t row) { return piece_.sums + (m * piece_.rows + row) * lanes_; }
 
-    void prepare_queries() {
+    void prepare_queries(int64_t span) {
         const int64_t rank = group_.key.rank, modalities = args_.modalities;
         for (int64_t m = 0; m < modalities; ++m) {
             for (int64_t row = 0; row < piece_.rows; ++row) {
                 const float* query = args_.queries[piece_.group] +
-                                     piece_.query_place(args_, row) * group_.key.width;
+                                     piece_.query_place(args_, row, span) * group_.key.width;
                 s_->queries[m][row] = query + m * rank;
                 s_->means[row] = query + modalities * rank + m;
             }

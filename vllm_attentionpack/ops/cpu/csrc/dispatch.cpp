@@ -107,7 +107,12 @@ Plan cut(const Attend& args) {
                 piece.rows = std::min(most_rows, rows - row);
                 piece.request_stop = args.stops[request];
                 piece.start = args.starts ? args.starts[request] : 0;
-                piece.stop = std::max(piece.start, piece.row_stop(args, piece.rows - 1));
+                piece.stop = piece.row_stop(args, piece.rows - 1);
+                if (args.span) {
+                    piece.start = std::max(piece.start, args.first_span * args.span);
+                    piece.stop = std::min(piece.stop, args.stop_span * args.span);
+                }
+                piece.stop = std::max(piece.start, piece.stop);
                 cost += double(piece.rows) * double(piece.stop - piece.start);
                 plan.units.push_back({piece, 0, 0});
             }
@@ -125,8 +130,9 @@ Plan cut(const Attend& args) {
         do {
             Piece piece = unit.whole;
             piece.start = from;
-            piece.stop = std::min(unit.whole.stop, from + step);
-            if (args.span) piece.stop = std::min(piece.stop, (from / args.span + 1) * args.span);
+            // Whole spans, where they are whole tiles: what is left of one costs as much.
+            const int64_t end = args.span && step ? (from + step) / 128 * 128 : from + step;
+            piece.stop = std::min(unit.whole.stop, end);
             plan.pieces.push_back(piece);
             from = piece.stop;
         } while (from < unit.whole.stop);

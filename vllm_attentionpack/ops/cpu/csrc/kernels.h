@@ -44,15 +44,15 @@ struct Piece {
         return request_stop - (queries - 1 - query);
     }
 
-    // Of a row: where it lies in [G, T, repeats] of its group, where its query for this stretch lies in
-    // [G, span tokens, repeats], and where it lies in [T, Hq].
-    int64_t place(const Attend& args, int64_t row) const { return place(args, row, 0, args.tokens); }
-    int64_t query_place(const Attend& args, int64_t row) const {
+    // Of a row: where it lies in [G, T, repeats] of its group, where its query for a span lies in
+    // [G, rows, repeats], and where it lies in [T, Hq].
+    int64_t place(const Attend& args, int64_t row) const {
+        return place(args, row, first_token, args.tokens);
+    }
+    int64_t query_place(const Attend& args, int64_t row, int64_t span) const {
         if (!args.span) return place(args, row);
-        // A stretch of no token may begin behind the last span.
-        const int64_t spans = args.span_tokens / args.tokens;
-        const int64_t before = std::min(start / args.span, spans - 1) * args.tokens;
-        return place(args, row, before, args.span_tokens);
+        const int64_t before = (span - args.first_span) * queries;
+        return place(args, row, args.row_starts[request] + before, args.rows);
     }
     int64_t column(const Attend& args, int64_t row) const {
         const int64_t heads = args.heads_per_group * args.repeats;
@@ -61,10 +61,10 @@ struct Piece {
     }
 
   private:
-    int64_t place(const Attend& args, int64_t row, int64_t before, int64_t tokens) const {
+    int64_t place(const Attend& args, int64_t row, int64_t first, int64_t all) const {
         const int64_t heads = args.heads_per_group * args.repeats;
-        const int64_t token = first_token + (first_row + row) / heads, head = (first_row + row) % heads;
-        return (head / args.repeats * tokens + before + token) * args.repeats + head % args.repeats;
+        const int64_t query = first + (first_row + row) / heads, head = (first_row + row) % heads;
+        return (head / args.repeats * all + query) * args.repeats + head % args.repeats;
     }
 };
 

@@ -55,8 +55,10 @@ class Projection {
         for (int64_t r = 0; r < count; ++r) {
             const int64_t from = first + row + r;
             const int64_t token = from / args_.repeats, repeat = from % args_.repeats;
-            x[r] = read(batch_ * args_.x_batch + token * args_.x_token + repeat * args_.x_repeat,
+            const int64_t source = args_.sources ? args_.sources[token] : token;
+            x[r] = read(batch_ * args_.x_batch + source * args_.x_token + repeat * args_.x_repeat,
                         floats_ + r * whole(depth_));
+            if (args_.sources) x[r] = turned_back(x[r], token, floats_ + r * whole(depth_));
             out_[row + r] = args_.out + batch_ * args_.out_batch + token * args_.out_token +
                             repeat * args_.out_repeat;
             left_[(row + r) * steps_ + steps_ - 1] = 0;  // the second number of a pair that has one
@@ -91,6 +93,27 @@ class Projection {
         for (int64_t i = 0; i < depth_; i += kLanes)
             store(room + i, part(x, i, depth_) - part(args_.shift, i, depth_));
         return room;
+    }
+
+    const float* turned_back(const float* x, int64_t token, float* to) const {
+        const int64_t planes = args_.planes;
+        if (x != to) std::copy_n(x, depth_, to);
+        const float *cos = args_.cos + token * planes, *sin = args_.sin + token * planes;
+        const int64_t next = args_.interleaved ? 1 : planes, step = args_.interleaved ? 2 : 1;
+        int64_t i = 0;
+        for (; !args_.interleaved && i + kLanes <= planes; i += kLanes) {
+            const Float a = load<Float>(to + i), b = load<Float>(to + i + next);
+            const Float c = load<Float>(cos + i), s = load<Float>(sin + i);
+            store(to + i, a * c + b * s);
+            store(to + i + next, b * c - a * s);
+        }
+        for (; i < planes; ++i) {
+            float &first = to[step * i], &second = to[step * i + next];
+            const float a = first, b = second;
+            first = a * cos[i] + b * sin[i];
+            second = b * cos[i] - a * sin[i];
+        }
+        return to;
     }
 
     static int64_t whole(int64_t floats) { return (floats + kLanes - 1) / kLanes * kLanes; }
