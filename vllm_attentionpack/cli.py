@@ -97,6 +97,13 @@ def calibrate(
             help="Tokens whose keys are coded relative to the first of them; 0 for as they come.",
         ),
     ] = None,
+    pre_rope: Annotated[
+        bool | None,
+        typer.Option(
+            "--pre-rope",
+            help="Code what RoPE turns far within a span as it was before: less loss, more work.",
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(show_default="0", help="Order of the data.")] = None,
     modalities: Annotated[
         str | None,
@@ -152,6 +159,7 @@ def calibrate(
         max_tokens=max_tokens,
         max_context=max_context,
         anchor_span=anchor_span,
+        pre_rope=pre_rope,
         seed=seed,
         modalities=_number(modalities),
         sinks=sinks,

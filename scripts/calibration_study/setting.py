@@ -199,6 +199,7 @@ class Setting:
         items: Sequence[Item] | None = None,
         max_tokens: int | None = None,
         anchor_span: int | None = None,
+        pre_rope: bool = False,
     ) -> list[LayerStatistics]:
         """What `attentionpack calibrate` would gather; `anchor_span` in place of the setting's."""
         span = self.anchor_span if anchor_span is None else anchor_span
@@ -223,7 +224,7 @@ class Setting:
         result = []
         for recorder in collector.recorders:
             assert recorder.moments is not None
-            anchors = recorder.moments.anchors(span, max_context)
+            anchors = recorder.moments.anchors(span, max_context, pre_rope)
             moments = recorder.moments.finalize(max_context, modalities, anchors)
             gram = output_gram(recorder.site, torch.float32)
             layer = recorder.layer
@@ -251,9 +252,12 @@ class Setting:
         max_context: int,
         modalities: int | None = None,
         anchor_span: int | None = None,
+        pre_rope: bool = False,
     ) -> Assembler:
         modalities = modalities or self.modalities
-        statistics = self.statistics(group_size, max_context, modalities, anchor_span=anchor_span)
+        statistics = self.statistics(
+            group_size, max_context, modalities, anchor_span=anchor_span, pre_rope=pre_rope
+        )
         return Assembler(statistics, group_size, REGULARIZATION)
 
     @property

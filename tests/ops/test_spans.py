@@ -22,29 +22,42 @@ SCALE = 0.2
 
 
 def case_of(
-    ops=reference, interleaved: bool = False, size: int = SIZE, block: int = BLOCK
+    ops=reference,
+    interleaved: bool = False,
+    size: int = SIZE,
+    block: int = BLOCK,
+    pre_rope: int = 0,
 ) -> tuple[LayerCodec, PagedBatch, StepSpans]:
     """The batch's keys are those that are stored, that is, turned back already."""
     codec = random_codec(2, 2, 32, 2, padding=3)
     rotary = Rotary(0.7 ** torch.arange(12, dtype=torch.float64), interleaved)
-    codec.anchors = Anchors(rotary, size)
+    codec.anchors = Anchors(rotary, size, pre_rope)
     case = paged_batch(codec, 4, CONTEXTS, FRESH, block)
     count = -(-int(case.seq_lens.max()) // size)
     # Not the tokens' indices: images take up fewer positions.
     anchors = torch.arange(count) * 31 + torch.arange(len(CONTEXTS))[:, None] * 3
-    steps = StepSpans(ops, size, anchors, case.batch, case.context_lens, case.block_table, block)
-    return codec, case, steps
+    own = None
+    if interleaved:  # as where there are images
+        longest = int(case.seq_lens.max())
+        own = torch.arange(longest).div(2, rounding_mode="floor").expand(len(CONTEXTS), -1).int()
+    rest = (case.batch, case.context_lens, case.block_table, block)
+    return codec, case, StepSpans(ops, size, anchors, own, *rest)
 
 
 def anchors_of(steps: StepSpans, row: int, tokens: int) -> torch.Tensor:
     return steps.anchors[row, torch.arange(tokens) // steps.size]
 
 
-def check(codec, case, steps, starts, stops, causal, tolerance):
-    rotary = codec.anchors.rotary
+def turned(codec, steps, row, keys, back=False):
+    """All keys of a request, from where they are coded to where they stand, or `back`."""
+    own = torch.arange(len(keys)) if steps.positions is None else steps.positions[row, : len(keys)]
+    cos, sin = codec.anchors.tables(anchors_of(steps, row, len(keys)), own)
+    return codec.anchors.rotary.turn_by(keys, cos, -sin if back else sin)
 
+
+def check(codec, case, steps, starts, stops, causal, tolerance):
     def turn(row, keys):
-        return rotary.turn(keys, anchors_of(steps, row, len(keys)))
+        return turned(codec, steps, row, keys)
 
     first = torch.zeros_like(stops) if starts is None else starts
     ranges = list(zip(first.tolist(), stops.tolist(), strict=True))
@@ -61,9 +74,10 @@ def check(codec, case, steps, starts, stops, causal, tolerance):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("ranged", [False, True])
 @pytest.mark.parametrize("rebuilt", [False, True])
-def test_spans_match_the_oracle(ops, sizes, causal, ranged, rebuilt, monkeypatch):
+@pytest.mark.parametrize("pre_rope", [0, 5, 12])
+def test_spans_match_the_oracle(ops, sizes, causal, ranged, rebuilt, pre_rope, monkeypatch):
     monkeypatch.setattr(spans, "MAX_REBUILT", 64 if rebuilt else 0)
-    codec, case, steps = case_of(ops, causal, *sizes)
+    codec, case, steps = case_of(ops, causal, *sizes, pre_rope)
     starts, stops = None, case.seq_lens if causal else case.context_lens
     if ranged:
         starts, stops = torch.tensor([0, 1, 4, 50, 49, 60, 3, 100]), stops - 20
@@ -82,7 +96,7 @@ def test_rebuilt_in_many_slabs(monkeypatch):
     # The host may take requests to be longer than they are.
     longest = [n + BLOCK for n in case.batch.max_seq_lens]
     batch = QueryBatch.build(case.batch.host_starts, longest, torch.device("cpu"))
-    rest = (SIZE, steps.anchors, batch, case.context_lens, case.block_table, BLOCK)
+    rest = (SIZE, steps.anchors, None, batch, case.context_lens, case.block_table, BLOCK)
     for ops in (reference, cpu):
         wide = StepSpans(ops, *rest)
         again = wide.attend(case.query, case.kv_cache, None, case.seq_lens, codec, True, SCALE)
@@ -103,7 +117,7 @@ def test_compiled_kernels_match_the_reference(isa, dtype, size, workers):
     found = []
     with threads(workers):
         for ops in (cpu, reference):
-            rest = (anchors, case.batch, case.context_lens, case.block_table, BLOCK)
+            rest = (anchors, None, case.batch, case.context_lens, case.block_table, BLOCK)
             steps = StepSpans(ops, size, *rest)
             arguments = (case.kv_cache, starts, case.context_lens, codec, False, SCALE)
             found.append(steps.attend(query, *arguments))
@@ -173,40 +187,39 @@ def test_a_part_of_a_step():
     torch.testing.assert_close(part, whole[tokens])
 
 
-def test_new_keys_are_turned_back_and_cached_ones_forward():
-    codec, case, steps = case_of()
-    rotary = codec.anchors.rotary
-    turned = steps.turn_new_keys(case.fresh_key(), rotary)
+@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("pre_rope", [0, 5])
+def test_new_keys_are_turned_back_and_cached_ones_forward(pre_rope, images):
+    codec, case, steps = case_of(interleaved=images, pre_rope=pre_rope)
+    new = steps.turn_new_keys(case.fresh_key(), codec.anchors)
     starts = case.batch.host_starts
-    for row, (context, count) in enumerate(zip(CONTEXTS, FRESH, strict=True)):
-        key = case.key[row][context:]
-        anchors = anchors_of(steps, row, context + count)[context:]
-        torch.testing.assert_close(
-            turned[starts[row] : starts[row + 1]], rotary.turn(key, -anchors)
-        )
-        again = steps.turn_cached_keys(rotary.turn(key, -anchors), rotary, row, context)
-        torch.testing.assert_close(again, key)
+    for row, context in enumerate(CONTEXTS):
+        key = case.key[row]
+        back = turned(codec, steps, row, key, back=True)[context:]
+        torch.testing.assert_close(new[starts[row] : starts[row + 1]], back)
+        again = steps.turn_cached_keys(back, codec.anchors, row, context)
+        torch.testing.assert_close(again, key[context:])
 
 
-def test_logits_are_those_of_keys_as_they_come():
+@pytest.mark.parametrize("pre_rope", [0, 5])
+def test_logits_are_those_of_keys_as_they_come(pre_rope):
     """What is stored turned back and met by queries turned back is what would be met anyway."""
-    codec, case, steps = case_of()
+    codec, case, steps = case_of(pre_rope=pre_rope)
     row = 5
     keys = case.key[row]
-    anchors = anchors_of(steps, row, len(keys))
-    turned = codec.anchors.rotary.turn(keys, -anchors)
+    back = turned(codec, steps, row, keys, back=True)
     slots = torch.arange(len(keys)) + BLOCK
     cache = torch.zeros(40, codec.layout.block_bytes(BLOCK), dtype=torch.uint8)
-    store_kv(turned, case.value[row], cache, slots, case.visual[row], codec, BLOCK)
+    store_kv(back, case.value[row], cache, slots, case.visual[row], codec, BLOCK)
     table = torch.arange(1, 20)[None].int()
     batch = QueryBatch.build([0, 1], [len(keys) + 1], torch.device("cpu"))
     stops = torch.tensor([len(keys)])
-    one = StepSpans(reference, SIZE, steps.anchors[row : row + 1], batch, stops, table, BLOCK)
+    anchors = steps.anchors[row : row + 1]
+    one = StepSpans(reference, SIZE, anchors, None, batch, stops, table, BLOCK)
     query = case.query[:1]
     out, lse = one.attend(query, cache, None, stops, codec, False, SCALE)
-    read = codec.anchors.rotary.turn(
-        reconstruct(codec, "key", turned, case.visual[row]), anchors
-    ).repeat_interleave(2, 1)
+    read = reconstruct(codec, "key", back, case.visual[row])
+    read = turned(codec, steps, row, read).repeat_interleave(2, 1)
     value = reconstruct(codec, "value", case.value[row], case.visual[row]).repeat_interleave(2, 1)
     logits = torch.einsum("qhd,nhd->qhn", query, read) * SCALE
     torch.testing.assert_close(lse, logits.logsumexp(-1), atol=1e-4, rtol=0)

@@ -193,8 +193,7 @@ class DensePrefill:
                     kv_cache, blocks, tokens, codec, block_size, self.dtype
                 )
                 if spans is not None and codec.anchors is not None:
-                    rotary = codec.anchors.rotary
-                    old_key = spans.turn_cached_keys(old_key, rotary, request, first)
+                    old_key = spans.turn_cached_keys(old_key, codec.anchors, request, first)
                 self._write(old_key, old_value, slot + first + torch.arange(tokens))
             if exact is not None and context:
                 self._write_exact(*exact, request, context, slot)

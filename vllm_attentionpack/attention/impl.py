@@ -97,7 +97,7 @@ class AttentionPackImpl(AttentionImpl[AttentionPackMetadata]):
         spans = steps[layer.layer_name].spans if steps else None
         if spans is None or self.codec.anchors is None:
             return key
-        turned = spans.turn_new_keys(key[: spans.batch.num_tokens], self.codec.anchors.rotary)
+        turned = spans.turn_new_keys(key[: spans.batch.num_tokens], self.codec.anchors)
         return torch.cat([turned, key[len(turned) :]])  # what pads a step has no slot
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:

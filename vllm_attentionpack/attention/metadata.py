@@ -37,8 +37,8 @@ class AttentionPackMetadata(AttentionMetadata):
         has_context: False if all `context_lens` are known to be 0.
         block_table: int32 `[B, max_blocks]`.
         slot_mapping: int64 `[T]`.
-        spans: where keys are coded relative to anchors and a request may be longer than one span;
-            None elsewhere, the anchor of the first span being position 0.
+        spans: where keys are turned back before they are coded; None where none of the step is,
+            the anchor of the first span being position 0.
         dense: the requests that are prefilled densely; None if there are none.
     """
 
@@ -77,6 +77,12 @@ class AttentionPackMetadataBuilder(AttentionMetadataBuilder[AttentionPackMetadat
         spans = vllm_config.model_config.max_model_len // self.span + 2 if self.span else 0
         self.context_lens = torch.zeros(requests, dtype=torch.int32, device=device)
         self.anchors = torch.zeros(requests, spans, dtype=torch.int64, device=device)
+        # Of all tokens, where some planes are turned by them and they are not the tokens' indices.
+        self.positions: Tensor | None = None
+        self.pre_rope = state.pre_rope
+        if self.pre_rope and vllm_config.model_config.uses_mrope:
+            tokens = vllm_config.model_config.max_model_len
+            self.positions = torch.zeros(requests, tokens, dtype=torch.int32, device=device)
 
     @classmethod
     def get_cudagraph_support(
@@ -127,7 +133,7 @@ class AttentionPackMetadataBuilder(AttentionMetadataBuilder[AttentionPackMetadat
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
         )
-        if self.span and metadata.batch.max_seq_len > self.span:
+        if self.pre_rope or (self.span and metadata.batch.max_seq_len > self.span):
             metadata.spans = self._spans(metadata)
         if self.dense_prefill is not None:
             metadata.dense = self.dense_prefill.plan(metadata)
@@ -141,10 +147,17 @@ class AttentionPackMetadataBuilder(AttentionMetadataBuilder[AttentionPackMetadat
         if known is None:  # positions are those in the request
             known = torch.arange(count, device=self.device) * self.span
         anchors.copy_(known)
+        positions = self.positions
+        if positions is not None:
+            count = min(metadata.batch.max_seq_len, positions.shape[1])
+            positions = positions[:requests, :count]
+            every = positions_every(1, count, requests, self.device)
+            positions.copy_(torch.arange(count, device=self.device) if every is None else every)
         return StepSpans(
             self.ops,
             self.span,
             anchors,
+            positions,
             metadata.batch,
             metadata.context_lens,
             metadata.block_table,

@@ -158,9 +158,14 @@ class EngineState:
 
     @property
     def span(self) -> int:
-        """Tokens that share an anchor; 0 if no request can have a second span."""
+        """Tokens that share an anchor; 0 if no key is turned back, not even in a second span."""
         span = self.pack.header.anchor_span
-        return span if span < self.max_model_len else 0
+        return span if span < self.max_model_len or self.pre_rope else 0
+
+    @property
+    def pre_rope(self) -> bool:
+        """Whether planes of keys are coded pre-RoPE."""
+        return any(layer.rotary and layer.rotary.pre_rope for layer in self.pack.header.layers)
 
     @property
     def most_spans(self) -> int:

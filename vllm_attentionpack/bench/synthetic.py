@@ -21,7 +21,7 @@ from vllm_attentionpack.codec.layout import (
     GroupLayout,
     LayerLayout,
 )
-from vllm_attentionpack.codec.positions import Anchors, Rotary
+from vllm_attentionpack.codec.positions import Anchors, Rotary, pre_rope_planes
 from vllm_attentionpack.codec.transform import PrincipalBasis
 from vllm_attentionpack.packfile import Fingerprint, Pack
 from vllm_attentionpack.packfile.uncalibrated import uncalibrated_pack
@@ -90,12 +90,15 @@ def synthetic_pack(
     ratio: float,
     max_context: int,
     anchor_span: int = 0,
+    pre_rope: bool = False,
 ) -> Pack:
     """A pack for a model with random weights: right in every byte, and good for nothing."""
     codec = synthetic_codec(fingerprint.num_kv_heads, heads_per_group, fingerprint.head_size, ratio)
     if anchor_span:
         planes = torch.arange(fingerprint.head_size // 2, dtype=torch.float64)
-        codec.anchors = Anchors(Rotary(10000.0 ** -(planes / len(planes))), anchor_span)
+        rotary = Rotary(10000.0 ** -(planes / len(planes)))
+        own = pre_rope_planes(rotary, anchor_span) if pre_rope else 0
+        codec.anchors = Anchors(rotary, anchor_span, own)
     codecs = [codec] * len(layer_names)
     return uncalibrated_pack(codecs, fingerprint, layer_names, ratio, max_context)
 

@@ -170,7 +170,12 @@ class Collector:
         return 0 if moments is None else int(moments.count[1])
 
     def statistics(
-        self, num_positions: int, num_modalities: int, dtype: torch.dtype, anchor_span: int = 0
+        self,
+        num_positions: int,
+        num_modalities: int,
+        dtype: torch.dtype,
+        anchor_span: int = 0,
+        pre_rope: bool = False,
     ) -> Iterator[LayerStatistics]:
         """The statistics of one layer after the other; a recorder gives up its sums, for room.
 
@@ -179,6 +184,7 @@ class Collector:
             num_modalities: likewise.
             dtype: of the model.
             anchor_span: see `MomentAccumulator.anchors`.
+            pre_rope: likewise.
 
         Raises:
             UnsupportedModelError: a layer that never attended.
@@ -189,7 +195,7 @@ class Collector:
                 raise UnsupportedModelError(
                     f"layer '{recorder.layer.layer_name}' never attended during calibration."
                 )
-            anchors = recorder.moments.anchors(anchor_span, num_positions)
+            anchors = recorder.moments.anchors(anchor_span, num_positions, pre_rope)
             moments = recorder.moments.finalize(num_positions, num_modalities, anchors)
             recorder.moments = None
             _check_finite(recorder.layer.layer_name, moments)

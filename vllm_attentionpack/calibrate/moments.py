@@ -21,7 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_attentionpack.codec.positions import Anchors, Rotary, average_over_positions
+from vllm_attentionpack.codec.positions import (
+    Anchors,
+    Rotary,
+    average_over_positions,
+    pre_rope_planes,
+)
 
 #: `auto` groups heads up to this many joint dims: beyond it a basis costs more to store and to
 #: apply than further heads gain.
@@ -187,15 +192,18 @@ class MomentAccumulator:
         second += cross + cross.mT + count * shift[:, :, None] * shift[:, None, :]
         return second, first + count * shift
 
-    def anchors(self, span: int, num_positions: int) -> Anchors | None:
+    def anchors(self, span: int, num_positions: int, pre_rope: bool = False) -> Anchors | None:
         """What keys are coded relative to, at anchors `span` tokens apart.
 
         None, for keys as they come, if `span` is 0, if one span holds all `num_positions` (its only
-        anchor is position 0), and where the layer does not turn.
+        anchor is position 0) and no plane is coded pre-RoPE, and where the layer does not turn.
         """
-        if self.rotary is None or not 0 < span < num_positions:
+        if self.rotary is None or span == 0:
             return None
-        return Anchors(self.rotary, span)
+        planes = pre_rope_planes(self.rotary, min(span, num_positions)) if pre_rope else 0
+        if span >= num_positions and not planes:
+            return None
+        return Anchors(self.rotary, span, planes)
 
     def finalize(
         self, num_positions: int, num_modalities: int, anchors: Anchors | None = None
@@ -222,7 +230,9 @@ class MomentAccumulator:
         firsts = firsts / count[:, None, None]
         n = self._groups
         key = self._turned(
-            GroupMoments(seconds[:, :n], firsts[:, :n]), anchors.span if anchors else num_positions
+            GroupMoments(seconds[:, :n], firsts[:, :n]),
+            anchors.drift if anchors else self.rotary,
+            min(anchors.span, num_positions) if anchors else num_positions,
         )
         value = GroupMoments(seconds[:, n:], firsts[:, n:])
         query = torch.stack(
@@ -235,14 +245,16 @@ class MomentAccumulator:
         )
         return LayerMoments(key, value, query, count)
 
-    def _turned(self, moments: GroupMoments, num_positions: int) -> GroupMoments:
+    def _turned(
+        self, moments: GroupMoments, rotary: Rotary | None, num_positions: int
+    ) -> GroupMoments:
         second, mean = torch.empty_like(moments.second), torch.empty_like(moments.mean)
         for m in range(second.shape[0]):
             for n in range(second.shape[1]):
                 second[m, n], mean[m, n] = average_over_positions(
                     moments.second[m, n],
                     moments.mean[m, n],
-                    self.rotary,
+                    rotary,
                     num_positions,
                     self.head_size,
                 )

@@ -150,7 +150,13 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
         found.head_size,
     )
     assembler = Assembler(
-        collector.statistics(max_context, modalities, llm.model_config.dtype, settings.anchor_span),
+        collector.statistics(
+            max_context,
+            modalities,
+            llm.model_config.dtype,
+            settings.anchor_span,
+            settings.pre_rope,
+        ),
         collector.heads_per_group,
         settings.regularization,
     )

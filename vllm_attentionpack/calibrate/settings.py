@@ -38,6 +38,9 @@ class CalibrateSettings(BaseModel):
             (`codec.positions.Anchors`), so that their statistics are averaged over so many
             positions only. Shorter spans lose less and cost more arithmetic, none for contexts
             within the first span. 0 codes keys as they come.
+        pre_rope: code those planes of keys that RoPE turns far within a span as they were before
+            it (`codec.positions.Anchors`). Loses several times less at the same bytes; reading
+            rebuilds them, which costs arithmetic.
         seed: of the order in which items are taken from the data.
         modalities: 1 codes all tokens by one basis, 2 visual tokens by their own; `auto` takes 2
             when at least `run.MIN_VISUAL_TOKENS` were seen.
@@ -68,6 +71,7 @@ class CalibrateSettings(BaseModel):
     max_tokens: PositiveInt | None = None
     max_context: PositiveInt | None = None
     anchor_span: int = Field(default=DEFAULT_ANCHOR_SPAN, ge=0)
+    pre_rope: bool = False
     seed: int = Field(default=0, ge=0, lt=2**32)
     modalities: Literal["auto", 1, 2] = "auto"
     regularization: PositiveFloat = 1e-2

@@ -16,11 +16,15 @@ A plane of a head is the pair of dims that one frequency turns, written as a com
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+
+#: Radians. Measured (docs/log.md): a smaller bound takes more planes and hardly gains.
+FAST_TURN = 8.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +68,11 @@ class Rotary:
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of turns by `positions` `[...]`, float32 `[..., P]` each."""
-        angle = positions[..., None].double() * self.frequencies.to(positions.device)
+        return self.tables_at(positions[..., None])
+
+    def tables_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The same where each plane has a position of its own, `[..., P]` or `[..., 1]`."""
+        angle = positions.double() * self.frequencies.to(positions.device)
         return angle.cos().float(), angle.sin().float()
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -118,16 +126,52 @@ class Anchors:
     meets the codes of that span, which leaves every logit as it was. So a basis need only hold for
     the positions of one span, not for those of the longest context.
 
+    Planes that turn far within a span gain nothing from that. The first `pre_rope` of them are
+    coded as they were before RoPE, turned back by the key's own position: then all that is coded
+    hardly turns within a span, and what planes have in common stays in common. Those few are
+    rebuilt and turned when they are read, and meet the query as it comes.
+
     Attributes:
         rotary: how the layer turns its heads.
         span: tokens that share an anchor.
+        pre_rope: planes.
     """
 
     rotary: Rotary
     span: int
+    pre_rope: int = 0
 
     def to(self, device: torch.device) -> "Anchors":
-        return Anchors(self.rotary.to(device), self.span)
+        return replace(self, rotary=self.rotary.to(device))
+
+    @property
+    def drift(self) -> Rotary:
+        """How what is coded turns from one token of a span to the next."""
+        frequencies = self.rotary.frequencies.clone()
+        frequencies[: self.pre_rope] = 0
+        return Rotary(frequencies, self.rotary.interleaved)
+
+    def tables(self, anchors: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines by which keys are turned back before they are coded.
+
+        Args:
+            anchors: int `[...]`, that of each key.
+            positions: int `[...]`, its own; read where `pre_rope`.
+
+        Returns:
+            float32 `[..., P]` each.
+        """
+        if not self.pre_rope:
+            return self.rotary.tables(anchors)
+        own = torch.arange(len(self.rotary.frequencies), device=anchors.device) < self.pre_rope
+        by = torch.where(own, positions[..., None], anchors[..., None])
+        return self.rotary.tables_at(by)
+
+
+def pre_rope_planes(rotary: Rotary, span: int) -> int:
+    """How many planes turn by more than `FAST_TURN` within a span; those before them, too."""
+    fast = (rotary.frequencies * span > FAST_TURN).nonzero()
+    return int(fast.max()) + 1 if len(fast) else 0
 
 
 def common_span(anchors: "Iterable[Anchors | None]") -> int:

@@ -20,6 +20,9 @@ from vllm_attentionpack.ops.exact import exact_attention as exact_attention
 from vllm_attentionpack.ops.fresh import merge_attention as merge_attention
 from vllm_attentionpack.ops.turns import SpanRows, Turns
 
+#: Whether `paged_attention` reads planes that are coded pre-RoPE (`turns.PreRope`).
+PRE_ROPE = True
+
 #: Bytes of float32 latents that one tile of context may unpack to.
 _TILE_BYTES = 1 << 25
 
@@ -32,12 +35,14 @@ class AbsorbedQuery:
         latent: float32 `[N, Hg, M, R]` each, `Hg` query heads of the group; `N` is `T` where one
             query of a token meets all keys.
         mean_logit: float32 `[N, Hg, M]` each, the query against the mean key of each modality.
-        rows: what rows are where they are not tokens.
+        turns: what rows are where they are not tokens.
+        plain: float32 `[T, Hk, rep, D]`, scale included, what planes coded pre-RoPE meet.
     """
 
     latent: list[Tensor]
     mean_logit: list[Tensor]
-    rows: SpanRows | None = None
+    turns: Turns | None = None
+    plain: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -182,6 +187,7 @@ def absorb_query(
         scale: softmax scale.
         turns: of the queries, where keys are coded relative to anchors.
     """
+    plain = query
     if turns is not None:
         query = turns.back(query.float())
     latent, mean_logit = [], []
@@ -194,7 +200,11 @@ def absorb_query(
         q = grouped[:, heads]
         latent.append(torch.einsum("tgpd,mrgd->tgpmr", q, decode).flatten(1, 2))
         mean_logit.append(torch.einsum("tgpd,mgd->tgpm", q, mean).flatten(1, 2))
-    return AbsorbedQuery(latent, mean_logit, turns and turns.rows)
+    if turns is None or turns.pre_rope is None:
+        return AbsorbedQuery(latent, mean_logit, turns)
+    return AbsorbedQuery(
+        latent, mean_logit, turns, plain.float().unflatten(1, (-1, repeats)) * scale
+    )
 
 
 def paged_attention(
@@ -211,7 +221,7 @@ def paged_attention(
     """Attends to the codes of each request's tokens `starts` to `stops`.
 
     Args:
-        query: absorbed queries of `T` tokens; with `rows`, only the tokens of their spans are seen.
+        query: absorbed queries of `T` tokens; with `turns`, only the tokens of their spans are seen.
         kv_cache: uint8 `[num_blocks, block_bytes]`.
         block_table: int `[B, max_blocks]`; entries beyond a request's blocks may be anything.
         starts: int `[B]`, the first token that each request sees, 0 or more; None for 0.
@@ -227,22 +237,23 @@ def paged_attention(
     Returns:
         Normalised latents, modality weights and log-sum-exp of all `T` tokens.
     """
-    tokens, rows = batch.num_tokens, query.rows
+    tokens, rows = batch.num_tokens, query.turns and query.turns.rows
     device = kv_cache.device
     first = torch.zeros_like(stops).long() if starts is None else starts.long()
     if rows is not None:
         first = first.clamp(min=rows.start_token)
     latents, weights, lses = [], [], []
     planes = _planes_by_owner(codec.layout, block_size)
-    for g, (group, _) in enumerate(codec.group_heads()):
+    for g, (group, of_group) in enumerate(codec.group_heads()):
         heads = query.latent[g].shape[1]
+        plain = None if query.plain is None else query.plain[:, of_group]
         shape = (tokens, heads, codec.num_modalities)
         latent = torch.zeros(*shape, group.value.rank, device=device)
         weight = torch.zeros(shape, device=device)
         lse = torch.full(shape[:2], float("-inf"), device=device)
         for segment in batch.segments:
             result = _attend_segment(
-                _Stretches(query.latent[g], query.mean_logit[g], segment, rows),
+                _Stretches(query.latent[g], query.mean_logit[g], segment, query.turns, plain),
                 _Pages(kv_cache, block_table[segment.requests].long(), block_size),
                 first[segment.requests],
                 stops[segment.requests].long(),
@@ -315,16 +326,37 @@ class _Stretches:
     latent: Tensor
     mean_logit: Tensor
     segment: Segment
-    rows: SpanRows | None
+    turns: Turns | None
+    plain: Tensor | None
+
+    @property
+    def rows(self) -> SpanRows | None:
+        return self.turns and self.turns.rows
+
+    def pre_rope_logits(self, start: int, keys: Tensor) -> Tensor:
+        """`[b, q, h, n]` of rebuilt keys `[b, n, G, D]` of the tokens from `start` on."""
+        assert self.plain is not None and self.turns is not None
+        assert self.turns.pre_rope is not None
+        own, requests = self.turns.pre_rope, self.segment.requests
+        positions = start + torch.arange(keys.shape[1], device=keys.device).expand(keys.shape[:2])
+        if own.positions is not None:
+            last = own.positions.shape[1] - 1
+            positions = own.positions[requests[:, None], positions.clamp(max=last)]
+        positions = positions.clamp(max=len(own.cos) - 1)  # of slots behind the last token
+        cos, sin = own.cos[positions][:, :, None], own.sin[positions][:, :, None]
+        (a, b), query = own.of(keys), own.of(self.plain[self.segment.tokens])
+        turned = a * cos - b * sin, b * cos + a * sin  # [b, n, G, F]
+        both = [torch.einsum("bqgpf,bngf->bqgpn", q, k) for q, k in zip(query, turned, strict=True)]
+        return (both[0] + both[1]).flatten(2, 3)
 
     def logits(self, start: int, keys: Tensor) -> Tensor:
         """`[b, q, h, M, n]` of latent keys `[b, n, R]` of the tokens from `start` on."""
         if self.rows is None:
             return self._logits(self.segment.tokens, keys)
         cuts = range(start - start % self.rows.size, start + keys.shape[1], self.rows.size)
-        parts = keys.split([
-            min(cut + self.rows.size, start + keys.shape[1]) - max(cut, start) for cut in cuts
-        ], 1)
+        parts = keys.split(
+            [min(cut + self.rows.size, start + keys.shape[1]) - max(cut, start) for cut in cuts], 1
+        )
         return torch.cat(
             [self._logits(self._span(cut), part) for cut, part in zip(cuts, parts, strict=True)], -1
         )
@@ -387,6 +419,10 @@ def _attend_segment(
         else:
             chosen = torch.ones(1, device=device, dtype=torch.bool)
             logit = logits[..., 0, :]
+        if query.plain is not None:
+            rebuilt = key[0].rebuild(k.flatten(0, 1), visual.flatten())
+            rebuilt = rebuilt.view(*k.shape[:2], query.plain.shape[1], -1)
+            logit = logit + query.pre_rope_logits(start, rebuilt)
         logit = torch.where(seen, logit, float("-inf"))
         new_top = torch.maximum(top, logit.amax(-1))
         base = torch.where(new_top.isinf(), 0.0, new_top)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from vllm_attentionpack.codec.codec import LayerCodec
-from vllm_attentionpack.codec.positions import Rotary
+from vllm_attentionpack.codec.positions import Anchors
 from vllm_attentionpack.ops.batch import QueryBatch
 from vllm_attentionpack.ops.latents import Part, attend_codes
 from vllm_attentionpack.ops.rebuilt import rebuilt_attention
-from vllm_attentionpack.ops.turns import SpanRows, Turns, span_rows
+from vllm_attentionpack.ops.turns import PreRope, SpanRows, Turns, span_rows
 
 if TYPE_CHECKING:
     from vllm_attentionpack.ops.select import Ops
@@ -58,6 +58,7 @@ class StepSpans:
         ops: the implementation.
         size: tokens of a span.
         anchors: int64 `[B, n]`, the position of the first token of each span.
+        positions: int32 `[B, L]`, of every token; None where they are the tokens' indices.
         batch: of the step.
         context_lens: int `[B]`, tokens of each request before this step.
         block_table: int32 `[B, max_blocks]`.
@@ -69,12 +70,14 @@ class StepSpans:
         ops: "Ops",
         size: int,
         anchors: Tensor,
+        positions: Tensor | None,
         batch: QueryBatch,
         context_lens: Tensor,
         block_table: Tensor,
         block_size: int,
     ) -> None:
-        self.ops, self.size, self.anchors, self.batch = ops, size, anchors, batch
+        self.ops, self.size, self.batch = ops, size, batch
+        self.anchors, self.positions = anchors, positions
         self.context_lens, self.block_table, self.block_size = context_lens, block_table, block_size
         self._rebuilds = size <= MAX_REBUILT
         # Here, not in the first layer: a graph must not capture copies from the host.
@@ -87,23 +90,42 @@ class StepSpans:
             self.ops,
             self.size,
             self.anchors[requests],
+            None if self.positions is None else self.positions[requests],
             batch,
             self.context_lens[requests],
             self.block_table[requests],
             self.block_size,
         )
 
-    def turn_new_keys(self, key: Tensor, rotary: Rotary) -> Tensor:
-        """The step's new keys `[T, Hk, D]`, each turned back by its anchor."""
-        cos, sin = self._derived.get(("new", rotary), lambda: rotary.tables(self._new_anchors()))
-        return rotary.turn_by(key, cos, -sin)
+    def turn_new_keys(self, key: Tensor, anchors: Anchors) -> Tensor:
+        """The step's new keys `[T, Hk, D]` as they are coded."""
 
-    def turn_cached_keys(self, key: Tensor, rotary: Rotary, request: int, first: int) -> Tensor:
+        def tables() -> tuple[Tensor, Tensor]:
+            requests = self._owners()
+            tokens = torch.arange(len(requests), device=requests.device)
+            tokens += (self.context_lens - self.batch.query_start_loc[:-1])[requests]
+            return self._tables(anchors, requests, tokens)
+
+        cos, sin = self._derived.get(("new", anchors), tables)
+        return anchors.rotary.turn_by(key, cos, -sin)
+
+    def turn_cached_keys(self, key: Tensor, anchors: Anchors, request: int, first: int) -> Tensor:
         """Keys `[N, Hk, D]` of a request's tokens from `first` on, turned to where they stood."""
-        spans = (first + torch.arange(len(key), device=key.device)) // self.size
-        tables = self._derived.get(("cached", rotary), lambda: rotary.tables(self.anchors))
-        cos, sin = (table[request, spans] for table in tables)
-        return rotary.turn_by(key, cos, sin)
+
+        def tables() -> tuple[Tensor, Tensor]:
+            tokens = first + torch.arange(len(key), device=key.device)
+            return self._tables(anchors, torch.full_like(tokens, request), tokens)
+
+        cos, sin = self._derived.get(("cached", anchors, request, first, len(key)), tables)
+        return anchors.rotary.turn_by(key, cos, sin)
+
+    def _tables(self, anchors: Anchors, requests: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[N, P]` of tokens, int64 `[N]`, of requests, int64 `[N]`."""
+        spans = (tokens // self.size).clamp(max=self.anchors.shape[1] - 1)
+        own = tokens
+        if self.positions is not None:
+            own = self.positions[requests, tokens.clamp(max=self.positions.shape[1] - 1)]
+        return anchors.tables(self.anchors[requests, spans], own)
 
     def attend(
         self,
@@ -130,8 +152,8 @@ class StepSpans:
             The output, float32 `[T, Hq, D]`, and the log-sum-exp.
         """
         assert codec.anchors is not None
-        rotary = codec.anchors.rotary
-        if self._rebuilds:
+        anchors = codec.anchors
+        if self._rebuilds or (anchors.pre_rope and not self.ops.PRE_ROPE):
             return rebuilt_attention(
                 self.ops,
                 query,
@@ -144,7 +166,7 @@ class StepSpans:
                 self.block_size,
                 causal,
                 scale,
-                lambda key, request, first: self.turn_cached_keys(key, rotary, request, first),
+                lambda key, request, first: self.turn_cached_keys(key, anchors, request, first),
             )
         merged: Part | None = None
         for rows in self._causal_rows() if causal else self._rows:
@@ -160,7 +182,7 @@ class StepSpans:
                 self.block_size,
                 causal,
                 scale,
-                self._turns(rows, rotary),
+                self._turns(rows, anchors),
             )
             merged = part if merged is None else self.ops.merge_attention(merged, part)
         assert merged is not None
@@ -169,19 +191,24 @@ class StepSpans:
     def _causal_rows(self) -> list[SpanRows]:
         return self._derived.get("causal", lambda: span_rows(self.batch, self.size, causal=True))
 
-    def _turns(self, rows: SpanRows, rotary: Rotary) -> Turns:
-        cos, sin = self._derived.get(
-            (rows, rotary), lambda: rotary.tables(self.anchors[rows.requests, rows.spans])
-        )
-        return Turns(rows, rotary, cos, sin)
+    def _turns(self, rows: SpanRows, anchors: Anchors) -> Turns:
+        def make() -> Turns:
+            cos, sin = anchors.rotary.tables(self.anchors[rows.requests, rows.spans])
+            cos[:, : anchors.pre_rope] = sin[:, : anchors.pre_rope] = 0
+            own = self._pre_rope(anchors) if anchors.pre_rope else None
+            return Turns(rows, anchors.rotary, cos, sin, own)
 
-    def _new_anchors(self) -> Tensor:
-        """int64 `[T]`: those of the new tokens."""
-        requests = self._owners()
-        tokens = torch.arange(len(requests), device=requests.device)
-        within = tokens - self.batch.query_start_loc[requests]
-        spans = (within + self.context_lens[requests]) // self.size
-        return self.anchors[requests, spans.clamp(max=self.anchors.shape[1] - 1)]
+        return self._derived.get((rows, anchors), make)
+
+    def _pre_rope(self, anchors: Anchors) -> PreRope:
+        def make() -> PreRope:
+            # Positions are never beyond indices: images take up fewer than they have tokens.
+            every = torch.arange(self.batch.max_seq_len + 1, device=self.anchors.device)
+            tables = anchors.rotary.tables(every)
+            cos, sin = (table[:, : anchors.pre_rope].contiguous() for table in tables)
+            return PreRope(anchors.rotary, self.positions, cos, sin)
+
+        return self._derived.get(("pre-RoPE", anchors), make)
 
     def _owners(self) -> Tensor:
         """int64 `[T]`: the request of each token."""

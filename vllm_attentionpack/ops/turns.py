@@ -54,20 +54,52 @@ class SpanRows:
 
 
 @dataclass(frozen=True, eq=False)
+class PreRope:
+    """The planes of keys that are coded pre-RoPE (`Anchors.pre_rope`): the first `F` of a head.
+
+    They are rebuilt, turned by the key's own position, and meet the query as it comes.
+
+    Attributes:
+        rotary: how the layer turns its heads.
+        positions: int32 `[B, L]`, of each request's tokens; None where they are their indices.
+        cos: float32 `[positions, F]`, of every position.
+        sin: float32 `[positions, F]`.
+    """
+
+    rotary: Rotary
+    positions: Tensor | None
+    cos: Tensor
+    sin: Tensor
+
+    @property
+    def planes(self) -> int:
+        """`F`."""
+        return self.cos.shape[1]
+
+    def of(self, heads: Tensor) -> tuple[Tensor, Tensor]:
+        """The first and the second dims `[..., F]` of these planes of heads `[..., D]`."""
+        first, second = self.rotary.plane_dims(heads.shape[-1])
+        return heads[..., first[: self.planes]], heads[..., second[: self.planes]]
+
+
+@dataclass(frozen=True, eq=False)
 class Turns:
     """Rows with the angles that their queries are turned back by.
 
     Attributes:
         rows: which query meets which span.
         rotary: how the layer turns its heads.
-        cos: float32 `[N, P]`, of the anchors.
+        cos: float32 `[N, P]`, of the anchors; zero for planes that are coded pre-RoPE, as is `sin`,
+            so that absorbed queries have none of them.
         sin: float32 `[N, P]`.
+        pre_rope: how those planes are met; None where there are none.
     """
 
     rows: SpanRows
     rotary: Rotary
     cos: Tensor
     sin: Tensor
+    pre_rope: PreRope | None = None
 
     def back(self, query: Tensor) -> Tensor:
         """The turned queries `[N, Hq, D]` of `query` `[T, Hq, D]`."""
@@ -87,8 +119,7 @@ def span_rows(batch: QueryBatch, size: int, causal: bool) -> list[SpanRows]:
     tokens = np.array(batch.max_seq_lens) - (0 if causal else lengths)
     counts = np.where(lengths > 0, -(-tokens // size), 0).clip(min=0)
     return [
-        _rows(batch, size, first, stop, counts)
-        for first, stop in pairwise(_cuts(lengths, counts))
+        _rows(batch, size, first, stop, counts) for first, stop in pairwise(_cuts(lengths, counts))
     ]
 
 

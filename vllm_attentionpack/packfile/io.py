@@ -212,12 +212,14 @@ def _check_consistency(target: Path, header: PackHeader) -> None:
                 f"the header of '{target}' names the layer '{layer.name}' twice. Calibrate again."
             )
         if layer.rotary and not (
-            header.anchor_span and 2 * layer.rotary.planes <= header.fingerprint.head_size
+            header.anchor_span
+            and layer.rotary.pre_rope <= layer.rotary.planes
+            and 2 * layer.rotary.planes <= header.fingerprint.head_size
         ):
             raise PackFileError(
                 f"layer '{layer.name}' of '{target}' turns {2 * layer.rotary.planes} of "
-                f"{header.fingerprint.head_size} dims at an anchor span of {header.anchor_span}. "
-                "Calibrate again."
+                f"{header.fingerprint.head_size} dims at an anchor span of {header.anchor_span}, "
+                f"{layer.rotary.pre_rope} planes of them pre-RoPE. Calibrate again."
             )
         if len(layer.groups) * header.heads_per_group != heads:
             raise PackFileError(
@@ -271,7 +273,7 @@ def _read_layer(
     frequencies = _checked(target, _frequencies(index), shape, tensors, torch.float64)
     known = rotary.interleaved, frequencies.numpy().tobytes()
     turns = rotaries.setdefault(known, Rotary(frequencies, rotary.interleaved))
-    return LayerPack(bases, variance, Anchors(turns, header.anchor_span))
+    return LayerPack(bases, variance, Anchors(turns, header.anchor_span, rotary.pre_rope))
 
 
 def _checked(

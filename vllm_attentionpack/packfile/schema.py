@@ -22,7 +22,7 @@ from vllm_attentionpack.codec.layout import (
 from vllm_attentionpack.codec.positions import Anchors
 
 #: Raised by one whenever older code could misread a newer file.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -103,17 +103,22 @@ class GroupHeader(_Frozen):
 
 
 class RotaryHeader(_Frozen):
-    """How a layer turns its heads (see `codec.positions.Rotary`); frequencies are a tensor."""
+    """How a layer turns its heads (see `codec.positions`); frequencies are a tensor."""
 
     planes: PositiveInt
     interleaved: bool = False
+    pre_rope: Count = 0
 
     @classmethod
     def of(cls, anchors: Anchors | None) -> "RotaryHeader | None":
         if anchors is None:
             return None
         rotary = anchors.rotary
-        return cls(planes=len(rotary.frequencies), interleaved=rotary.interleaved)
+        return cls(
+            planes=len(rotary.frequencies),
+            interleaved=rotary.interleaved,
+            pre_rope=anchors.pre_rope,
+        )
 
 
 class LayerHeader(_Frozen):

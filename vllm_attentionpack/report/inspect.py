@@ -71,7 +71,7 @@ def _header_table(header: PackHeader, facts: dict[str, Any]) -> Table:
         "modalities": "text and visual" if header.num_modalities == 2 else "all tokens alike",
         "exact tokens": _exact_tokens(header),
         "max context": f"{header.max_context:,} tokens",
-        "anchors": f"every {header.anchor_span:,} tokens" if header.anchor_span else "none",
+        "anchors": _anchors(header),
         "calibrated on": f"{provenance.tokens:,} tokens, {provenance.visual_tokens:,} visual "
         f"(data {provenance.data_sha256[:12]}, seed {provenance.seed})",
         "made by": f"vllm-attentionpack {provenance.attentionpack_version} with vLLM "
@@ -85,6 +85,17 @@ def _header_table(header: PackHeader, facts: dict[str, Any]) -> Table:
         style = "bold red" if failed and name == "validation" else ""
         table.add_row(name, Text(value, style))
     return table
+
+
+def _anchors(header: PackHeader) -> str:
+    if not header.anchor_span:
+        return "none"
+    text = f"every {header.anchor_span:,} tokens"
+    planes = sorted({layer.rotary.pre_rope for layer in header.layers if layer.rotary} - {0})
+    if planes:
+        of = max(layer.rotary.planes for layer in header.layers if layer.rotary)
+        text += f", {' or '.join(map(str, planes))} of {of} planes of a key coded pre-RoPE"
+    return text
 
 
 def validation_text(validation: Validation) -> str:

@@ -197,9 +197,9 @@ class PackCodec(TokenCodec):
         if codec.anchors is None:
             return self._read(codec, key, value, tokens)
         rotary = codec.anchors.rotary
-        anchors = tokens.anchors(codec.anchors.span)
-        read, read_value = self._read(codec, rotary.turn(key, -anchors), value, tokens)
-        return rotary.turn(read, anchors), read_value
+        cos, sin = codec.anchors.tables(tokens.anchors(codec.anchors.span), tokens.positions)
+        read, read_value = self._read(codec, rotary.turn_by(key, cos, -sin), value, tokens)
+        return rotary.turn_by(read, cos, sin), read_value
 
     def _read(
         self, codec: LayerCodec, key: Tensor, value: Tensor, tokens: Tokens

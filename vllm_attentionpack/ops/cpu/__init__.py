@@ -24,6 +24,9 @@ from vllm_attentionpack.ops.turns import SpanRows, Turns
 #: own dtype: floats, 16-bit integers, or 8-bit ones for the codes of 2 bits and 16-bit ones else.
 BITS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 8}
 
+#: See `ops.reference.PRE_ROPE`.
+PRE_ROPE = False
+
 #: Of models: the maps in and out may go by integers (see `maps.py`), whose error is well below that
 #: of these dtypes.
 PACKED = (torch.bfloat16,)
@@ -168,7 +171,11 @@ def absorb_query(
     groups = by_head.split(codec.layout.heads_per_group)  # [G, T, repeats, D] each
     latent = [
         x.new_empty(
-            x.shape[0], len(turns.cos) if turns else x.shape[1], x.shape[2], width, dtype=torch.float32
+            x.shape[0],
+            len(turns.cos) if turns else x.shape[1],
+            x.shape[2],
+            width,
+            dtype=torch.float32,
         )
         for x, width in zip(groups, plan.query_widths, strict=True)
     ]

@@ -7,7 +7,7 @@ all of it can be captured in CUDA graphs; tensors that a call returns come from 
 which gives a graph its own pool.
 """
 
-from vllm_attentionpack.ops.reference import SPANS, decompress
+from vllm_attentionpack.ops.reference import decompress
 from vllm_attentionpack.ops.triton.ops import (
     PackedLatent,
     PackedQuery,
@@ -22,8 +22,11 @@ from vllm_attentionpack.ops.triton.ops import (
 )
 from vllm_attentionpack.ops.triton.warmup import warm_up
 
+#: See `ops.reference.PRE_ROPE`.
+PRE_ROPE = False
+
 __all__ = [
-    "SPANS",
+    "PRE_ROPE",
     "PackedLatent",
     "PackedQuery",
     "absorb_query",
