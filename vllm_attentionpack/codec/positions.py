@@ -22,7 +22,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-
 #: Radians. Measured (docs/log.md): a smaller bound takes more planes and hardly gains.
 FAST_TURN = 8.0
 

@@ -221,7 +221,7 @@ def paged_attention(
     """Attends to the codes of each request's tokens `starts` to `stops`.
 
     Args:
-        query: absorbed queries of `T` tokens; with `turns`, only the tokens of their spans are seen.
+        query: absorbed queries of `T` tokens; with `turns`, they see the tokens of their spans.
         kv_cache: uint8 `[num_blocks, block_bytes]`.
         block_table: int `[B, max_blocks]`; entries beyond a request's blocks may be anything.
         starts: int `[B]`, the first token that each request sees, 0 or more; None for 0.
@@ -237,7 +237,7 @@ def paged_attention(
     Returns:
         Normalised latents, modality weights and log-sum-exp of all `T` tokens.
     """
-    tokens, rows = batch.num_tokens, query.turns and query.turns.rows
+    tokens, rows = batch.num_tokens, query.turns.rows if query.turns else None
     device = kv_cache.device
     first = torch.zeros_like(stops).long() if starts is None else starts.long()
     if rows is not None:
@@ -331,7 +331,7 @@ class _Stretches:
 
     @property
     def rows(self) -> SpanRows | None:
-        return self.turns and self.turns.rows
+        return self.turns.rows if self.turns else None
 
     def pre_rope_logits(self, start: int, keys: Tensor) -> Tensor:
         """`[b, q, h, n]` of rebuilt keys `[b, n, G, D]` of the tokens from `start` on."""
