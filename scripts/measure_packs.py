@@ -43,6 +43,7 @@ def main() -> int:
                 **exact,
                 "max_context": options.max_context,
                 "anchor_span": options.anchor_span,
+                "pre_rope": options.pre_rope,
                 "max_tokens": options.calibration_tokens,
                 "sensitivity_tokens": options.sensitivity_tokens,
             }

@@ -1,8 +1,8 @@
 """Attention to keys that are coded relative to anchors (`codec.positions.Anchors`).
 
-Queries are absorbed once for every span that they meet, turned back by its anchor (`ops.turns`), and
-the kernels take the queries of the span that they read. Where spans are very short, rebuilding keys
-and turning them to where they stood is less (`ops.rebuilt`).
+Queries are absorbed once for every span that they meet, turned back by its anchor (`ops.turns`),
+and the kernels take the queries of the span that they read. Where spans are very short, rebuilding
+keys and turning them to where they stood is less (`ops.rebuilt`).
 """
 
 from collections.abc import Callable

@@ -162,21 +162,16 @@ def absorb_query(
     query: Tensor, codec: LayerCodec, scale: float, turns: Turns | None = None
 ) -> CpuQuery:
     """See `ops.reference.absorb_query`."""
-    plan, rows = _plan(codec, query.dtype), turns and turns.rows
+    plan, rows = _plan(codec, query.dtype), turns.rows if turns else None
     if turns is not None and not plan.absorb.packed:
         query, turns = turns.back(query), None
     if query.stride(2) != 1:
         query = query.contiguous()
     by_head = query.unflatten(1, (codec.layout.num_kv_heads, -1)).transpose(0, 1)
     groups = by_head.split(codec.layout.heads_per_group)  # [G, T, repeats, D] each
+    count = len(turns.cos) if turns else len(query)
     latent = [
-        x.new_empty(
-            x.shape[0],
-            len(turns.cos) if turns else x.shape[1],
-            x.shape[2],
-            width,
-            dtype=torch.float32,
-        )
+        x.new_empty(x.shape[0], count, x.shape[2], width, dtype=torch.float32)
         for x, width in zip(groups, plan.query_widths, strict=True)
     ]
     plan.absorb.into(latent, groups, scale, turns)

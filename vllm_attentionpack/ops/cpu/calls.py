@@ -13,7 +13,8 @@ _LIBRARY = torch.library.Library("attentionpack", "FRAGMENT")
 _LIBRARY.define(
     "cpu_attend(Tensor[] queries, Tensor layout, int[] widths, Tensor kv_cache, "
     "Tensor block_table, Tensor? starts, Tensor stops, Tensor query_start_loc, int block_size, "
-    "int modalities, bool causal, int bits, int tokens, Tensor? row_starts, int[] spans) -> Tensor[]"
+    "int modalities, bool causal, int bits, int tokens, Tensor? row_starts, int[] spans"
+    ") -> Tensor[]"
 )
 _LIBRARY.define(
     "cpu_store(Tensor latent, Tensor step, Tensor weight, Tensor slots, "
