@@ -105,10 +105,10 @@ def test_rebuilt_in_many_slabs(monkeypatch):
 
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [64, 600])
-def test_compiled_kernels_match_the_reference(isa, dtype, size, workers):
+@pytest.mark.parametrize(("size", "pre_rope"), [(64, 0), (64, 5), (600, 0), (600, 12)])
+def test_compiled_kernels_match_the_reference(isa, dtype, size, pre_rope, workers):
     """In every number type, with spans that are cut into pieces, and ranges of no token."""
-    codec, _, _ = case_of(size=size)
+    codec, _, _ = case_of(size=size, pre_rope=pre_rope)
     contexts, fresh = [0, 1300, 600, 1200], [3, 1, 2, 1]
     case = paged_batch(codec, 4, contexts, fresh, BLOCK)
     anchors = torch.arange(1400 // size + 1).expand(4, -1) * 31

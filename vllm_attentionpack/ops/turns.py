@@ -7,6 +7,7 @@ all its queries.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -75,6 +76,11 @@ class PreRope:
     def planes(self) -> int:
         """`F`."""
         return self.cos.shape[1]
+
+    @cached_property
+    def by_plane(self) -> tuple[Tensor, Tensor]:
+        """`cos` and `sin` as `[F, positions]`, contiguous."""
+        return self.cos.T.contiguous(), self.sin.T.contiguous()
 
     def of(self, heads: Tensor) -> tuple[Tensor, Tensor]:
         """The first and the second dims `[..., F]` of these planes of heads `[..., D]`."""

@@ -5,6 +5,7 @@ The functions are those of `ops.reference`, which documents them; what `absorb_q
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +19,14 @@ from vllm_attentionpack.ops.cpu.plan import CpuPlan, EncodeTables, plan_of
 from vllm_attentionpack.ops.exact import ExactTokens
 from vllm_attentionpack.ops.reference import reserve as reserve
 from vllm_attentionpack.ops.reference import warm_up as warm_up
-from vllm_attentionpack.ops.turns import SpanRows, Turns
+from vllm_attentionpack.ops.turns import PreRope, SpanRows, Turns
 
 #: Of the numbers that codes are multiplied with, so that the error stays near that of the model's
 #: own dtype: floats, 16-bit integers, or 8-bit ones for the codes of 2 bits and 16-bit ones else.
 BITS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 8}
 
 #: See `ops.reference.PRE_ROPE`.
-PRE_ROPE = False
+PRE_ROPE = True
 
 #: Of models: the maps in and out may go by integers (see `maps.py`), whose error is well below that
 #: of these dtypes.
@@ -41,11 +42,13 @@ class CpuQuery:
             each modality, then the logits of the mean keys.
         dtype: of the model; decides how exact the arithmetic is.
         rows: what the `N` rows are where they are not tokens.
+        own: of planes that are coded pre-RoPE, see `calls.attend`; empty if there are none.
     """
 
     latent: list[Tensor]
     dtype: torch.dtype
     rows: SpanRows | None = None
+    own: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,7 @@ def absorb_query(
 ) -> CpuQuery:
     """See `ops.reference.absorb_query`."""
     plan, rows = _plan(codec, query.dtype), turns.rows if turns else None
+    own = _own_queries(query, turns.pre_rope, scale) if turns and turns.pre_rope else ()
     if turns is not None and not plan.absorb.packed:
         query, turns = turns.back(query), None
     if query.stride(2) != 1:
@@ -175,7 +179,13 @@ def absorb_query(
         for x, width in zip(groups, plan.query_widths, strict=True)
     ]
     plan.absorb.into(latent, groups, scale, turns)
-    return CpuQuery(latent, query.dtype, rows)
+    return CpuQuery(latent, query.dtype, rows, own)
+
+
+def _own_queries(query: Tensor, pre_rope: PreRope, scale: float) -> list[Tensor]:
+    plain = torch.stack(pre_rope.of(query), 2).float() * scale
+    positions = [] if pre_rope.positions is None else [pre_rope.positions]
+    return [plain, *pre_rope.by_plane, *positions]
 
 
 def paged_attention(
@@ -207,6 +217,9 @@ def paged_attention(
         batch.num_tokens,
         rows.row_starts if rows else None,
         [rows.size, rows.first, rows.stop] if rows else [],
+        plan.own_basis if query.own else [],
+        plan.own_mean if query.own else [],
+        query.own,
     )
     return CpuAttended(latent, lse, query.dtype)
 

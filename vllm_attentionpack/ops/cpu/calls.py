@@ -13,8 +13,8 @@ _LIBRARY = torch.library.Library("attentionpack", "FRAGMENT")
 _LIBRARY.define(
     "cpu_attend(Tensor[] queries, Tensor layout, int[] widths, Tensor kv_cache, "
     "Tensor block_table, Tensor? starts, Tensor stops, Tensor query_start_loc, int block_size, "
-    "int modalities, bool causal, int bits, int tokens, Tensor? row_starts, int[] spans"
-    ") -> Tensor[]"
+    "int modalities, bool causal, int bits, int tokens, Tensor? row_starts, int[] spans, "
+    "Tensor[] basis, Tensor[] mean, Tensor[] own) -> Tensor[]"
 )
 _LIBRARY.define(
     "cpu_store(Tensor latent, Tensor step, Tensor weight, Tensor slots, "
@@ -52,6 +52,9 @@ def _attend(
     tokens: int,
     row_starts: Tensor | None,
     spans: list[int],
+    basis: list[Tensor],
+    mean: list[Tensor],
+    own: list[Tensor],
 ) -> list[Tensor]:
     """See `plan.py` for layouts and orders.
 
@@ -69,6 +72,11 @@ def _attend(
         tokens: `T`, of the step; `N` where one query of a token meets all keys.
         row_starts: int32 `[B]`, see `SpanRows`; None where one query meets all.
         spans: its size, first and stop; empty without.
+        basis: per head group float32 `[M, G, 2, F, Rk]`, of the planes that are coded pre-RoPE;
+            empty if there are none.
+        mean: per head group float32 `[M, G, 2, F]`.
+        own: float32 queries `[T, Hq, 2, F]`, cosines and sines `[F, positions]`, and int32
+            `[B, L]`, the positions of tokens, where they are not the tokens' indices.
 
     Returns:
         float32 `[G, T, repeats, width]` per head group, and last the log-sum-exp `[T, Hq]`.
@@ -80,6 +88,20 @@ def _attend(
     groups = len(queries)
     pointers = structures.POINTER * groups
     stops, query_start_loc = stops.contiguous(), query_start_loc.contiguous()
+    rebuilt = structures.PreRope()
+    if own:
+        plain, cos, sin, *positions = own
+        rebuilt = structures.PreRope(
+            plain.shape[3],
+            positions[0].stride(0) if positions else 0,
+            cos.stride(0),
+            ctypes.cast(pointers(*(x.data_ptr() for x in basis)), structures.POINTER),
+            ctypes.cast(pointers(*(x.data_ptr() for x in mean)), structures.POINTER),
+            plain.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            positions[0].data_ptr() if positions else None,
+        )
     starts = None if starts is None else starts.contiguous()
     args = structures.Attend(
         torch.get_num_threads(),
@@ -103,6 +125,7 @@ def _attend(
         stops.data_ptr(),
         query_start_loc.data_ptr(),
         None if row_starts is None else row_starts.data_ptr(),
+        rebuilt,
         ctypes.cast(pointers(*(x.data_ptr() for x in queries)), structures.POINTER),
         ctypes.cast(pointers(*(x.data_ptr() for x in results[:-1])), structures.POINTER),
         results[-1].data_ptr(),
@@ -123,7 +146,7 @@ def _empty_results(queries: list[Tensor], widths: list[int], tokens: int) -> lis
 def _attend_fake(
     queries: list[Tensor], layout: Tensor, widths: list[int], *others: Any
 ) -> list[Tensor]:
-    return _empty_results(queries, widths, tokens=others[-3])
+    return _empty_results(queries, widths, tokens=others[-6])
 
 
 def _store(

@@ -56,6 +56,8 @@ class CpuPlan:
         encode: per head group and kind.
         query_widths, widths: per head group, floats of a row that `absorb` gives and `up` takes:
             whole panels, since a vector that lies across two cache lines costs twice as much.
+        own_basis, own_mean: per head group, what rebuilds planes that are coded pre-RoPE, see
+            `calls.attend`; empty if there are none.
     """
 
     def __init__(self, codec: LayerCodec, kernels: Kernels, packed: bool) -> None:
@@ -95,6 +97,7 @@ class CpuPlan:
             self.widths.append(up.shape[1] + -up.shape[1] % panel)
             self.encode.append({kind: tables_of(getattr(group, kind)) for kind in KINDS})
         self.absorb, self.up = MapList(absorbs), MapList(ups)
+        self.own_basis, self.own_mean = _own_planes(codec)
         self._owner = ref(codec)  # held, it would never be let go of by `_PLANS`
         self._tables: dict[int, Tensor] = {}
         self._decode: dict[torch.dtype, list[dict[Kind, tuple[Tensor, Tensor]]]] = {}
@@ -182,6 +185,23 @@ def value_lanes(counts: PlaneCounts, lanes: int) -> list[int]:
         if dims:
             widths.append(-(-dims // (per_byte * lanes)) * lanes * per_byte)
     return widths
+
+
+def _own_planes(codec: LayerCodec) -> tuple[list[Tensor], list[Tensor]]:
+    if codec.anchors is None or not codec.anchors.pre_rope:
+        return [], []
+    dims = codec.anchors.rotary.plane_dims(codec.layout.head_size)
+    first, second = (of[: codec.anchors.pre_rope] for of in dims)
+    bases, means = [], []
+    for group, _ in codec.group_heads():
+        decode, mean = _by_head(group.key, codec.layout)
+        decode = decode[:, :, key_order(group.key.counts)]  # [G, M, R, D]
+        bases.append(torch.stack([decode[..., first], decode[..., second]], 2))
+        means.append(torch.stack([mean[..., first], mean[..., second]], 2))
+    return (
+        [basis.permute(1, 0, 2, 4, 3).contiguous() for basis in bases],  # [M, G, 2, F, R]
+        [mean.transpose(0, 1).contiguous() for mean in means],
+    )
 
 
 def _by_head(codec: PlaneCodec, layout: LayerLayout) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,13 @@ INT, POINTER = ctypes.c_int64, ctypes.c_void_p
 SIDE_FIELDS = 16
 
 
+class PreRope(ctypes.Structure):
+    _fields_ = (
+        *((name, INT) for name in ("planes", "positions_stride", "table_stride")),
+        *((name, POINTER) for name in ("basis", "mean", "query", "cos", "sin", "positions")),
+    )
+
+
 class Attend(ctypes.Structure):
     _fields_ = (
         *((name, INT) for name in ("threads", "num_requests", "num_groups", "modalities")),
@@ -18,6 +25,7 @@ class Attend(ctypes.Structure):
         *((name, INT) for name in ("causal", "bits")),
         *((name, POINTER) for name in ("groups", "cache", "table", "starts", "stops")),
         *((name, POINTER) for name in ("query_start_loc", "row_starts")),
+        ("own", PreRope),
         *((name, POINTER) for name in ("queries", "outputs", "lse")),
     )
 

@@ -24,6 +24,19 @@ struct Group {
     Side key, value;
 };
 
+// Planes of keys that are coded pre-RoPE (`PreRope` of `turns.py`): the first `planes` of a head are
+// rebuilt and turned by the key's own position. Of a head, first dims come before second ones.
+struct PreRope {
+    int64_t planes;  // 0: none
+    int64_t positions_stride, table_stride;
+    const float* const* basis;  // per group [M, KV heads, 2, planes, Rk], in the order of the words
+    const float* const* mean;   // per group [M, KV heads, 2, planes]
+    const float* query;         // [T, Hq, 2, planes]
+    const float* cos;           // [planes, positions]
+    const float* sin;
+    const int32_t* positions;   // [B, tokens]; null: a token's index
+};
+
 // Types of numbers that come from the model.
 struct Number {
     enum Type : int64_t { kBFloat16, kFloat16, kFloat32 };
@@ -49,6 +62,7 @@ struct Attend {
     const int32_t* stops;
     const int32_t* query_start_loc;
     const int32_t* row_starts;    // [B], of each request's rows; null without spans
+    PreRope own;
     const float* const* queries;  // per group [G, rows, repeats, M * (Rk + 1) and more]
     float* const* outputs;        // per group [G, T, repeats, M * (lanes of V + 1) and more]
     float* lse;                   // [T, Hq]

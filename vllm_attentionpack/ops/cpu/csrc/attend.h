@@ -14,6 +14,7 @@
 
 #include "api.h"
 #include "kernels.h"
+#include "own.h"
 #include "products.h"
 #include "queries.h"
 #include "softmax.h"
@@ -47,6 +48,7 @@ class Attention {
             queries_[m].lay_out(group_.key, piece.rows, memory);
             s_->tiles[m].count = 0;
         }
+        own_.lay_out(args, piece, memory);
         lanes_ = value_lanes(group_.value);
         first_byte_ = std::numeric_limits<int64_t>::max();
         for (const Side* side : {&group_.key, &group_.value}) {
@@ -56,15 +58,14 @@ class Attention {
                 end_byte_ = std::max(end_byte_, plane.offset + plane.bytes * args.block_size);
             }
         }
-        int64_t row_blocks = 0;
-        for_blocks<kBlockRows>(piece.rows, [&](auto, int64_t) { ++row_blocks; });
         const int64_t bytes = (end_byte_ - first_byte_) * kTile / args.block_size;
-        ahead_step_ = bytes / (steps_per_tile() * row_blocks) + 1;
+        ahead_step_ = bytes / steps_per_tile() + 1;
         for (int p = 0; p < group_.value.num_planes; ++p)
             wide_weights_ |= !in_quads(group_.value.planes[p]);
     }
 
     void run() {
+        own_.prepare();
         std::fill_n(s_->top[0], 2 * kMaxRows, -kInfinity);
         std::memset(s_->running, 0, args_.modalities * sizeof s_->running[0]);
         for (int64_t position = piece_.start; position < piece_.stop;) {
@@ -78,7 +79,8 @@ class Attention {
     }
 
     static int64_t memory(const Attend& args, int64_t rows, int64_t rank) {
-        return sizeof(Scratch) + 64 + args.modalities * Queries<A>::memory(rows, rank);
+        return sizeof(Scratch) + 64 + args.modalities * Queries<A>::memory(rows, rank) +
+               OwnPlanes<A>::memory(args, rank);
     }
 
   private:
@@ -116,8 +118,11 @@ class Attention {
         }
     }
 
-    // Of the register blocks of a few rows over a whole tile.
+    // Of all register blocks over a whole tile.
     int64_t steps_per_tile() const {
+        int64_t row_blocks = 0, own_blocks = 0;
+        for_blocks<kBlockRows>(piece_.rows, [&](auto, int64_t) { ++row_blocks; });
+        for_blocks<kBlockRows>(own_.rows, [&](auto, int64_t) { ++own_blocks; });
         int64_t keys = 0, values = 0;
         for (const Side* side : {&group_.key, &group_.value}) {
             for (int p = 0; p < side->num_planes; ++p) {
@@ -130,7 +135,7 @@ class Attention {
                               kBlockVectors * (kTile / per_step);
             }
         }
-        return keys * (kTile / kLanes / kBlockVectors) + values;
+        return keys * (kTile / kLanes / kBlockVectors) * (row_blocks + own_blocks) + values * row_blocks;
     }
 
     // What the next `steps` steps are to ask for of the blocks to come. Codes are read a few bytes per
@@ -210,31 +215,44 @@ class Attention {
     void multiply_keys(int64_t m, int from, int count) {
         const Tile& tile = s_->tiles[m];
         const float largest_scale = largest_magnitude(tile.key_scale + from, count);
-        KeyWork work{m, 0, 0, 0, from, count / kLanes};
+        KeyWork work{nullptr, 0, nullptr, 0, 0, 0, 0, count / kLanes};
         for_segments<A>(group_.key, [&](const Plane& plane, int64_t word, int64_t count_words) {
             tile.with_rows(plane, from, count, [&](auto rows) {
                 key_words(rows, work.vectors, 4 * word, count_words, s_->words);
             });
             work.words = int(count_words);
-            const bool quads = A::kNarrow && largest_scale <= queries_[m].reach[work.segment];
-            const int64_t dims = count_words * 32 / plane.bits;
-            if (!quads) queries_[m].widen(plane, work.segment, work.dim, dims);
-            switch (plane.bits) {
-                case 2: key_segment<2>(quads, work); break;
-                case 4: key_segment<4>(quads, work); break;
-                case 8: key_blocks<A, 8>(work); break;
-                default: if constexpr (A::kPerStep == 1) key_blocks<A, 16>(work);
-            }
-            work.dim += dims;
+            const auto multiply = [&](Queries<A>& queries, int64_t rows, float* out, int64_t stride) {
+                work.queries = &queries, work.rows = rows, work.out = out, work.stride = stride;
+                multiply_segment(plane, largest_scale, work);
+            };
+            multiply(queries_[m], piece_.rows, s_->logits[0] + from, kTile);
+            multiply(own_.basis[m], own_.rows, own_.rebuilt, kSub);
+            work.dim += count_words * 32 / plane.bits;
             ++work.segment;
         });
+        if (own_.rows) own_.add_logits(tile, m, from, count, s_->logits);
     }
 
-    // One segment of the keys of a modality as words, of the tokens `from` on.
+    // One segment of keys as words, and the rows that it meets: [rows][stride] products.
     struct KeyWork {
-        int64_t m, dim, segment;
-        int words, from, vectors;
+        Queries<A>* queries;
+        int64_t rows;
+        float* out;
+        int64_t stride, dim, segment;
+        int words, vectors;
     };
+
+    void multiply_segment(const Plane& plane, float largest_scale, const KeyWork& work) {
+        if (!work.rows) return;
+        const bool quads = A::kNarrow && largest_scale <= work.queries->reach[work.segment];
+        if (!quads) work.queries->widen(plane, work.segment, work.dim, work.words * 32 / plane.bits);
+        switch (plane.bits) {
+            case 2: key_segment<2>(quads, work); break;
+            case 4: key_segment<4>(quads, work); break;
+            case 8: key_blocks<A, 8>(work); break;
+            default: if constexpr (A::kPerStep == 1) key_blocks<A, 16>(work);
+        }
+    }
 
     template <int BITS>
     AP_INLINE void key_segment(bool quads, const KeyWork& work) {
@@ -246,7 +264,7 @@ class Attention {
     template <class B, int BITS>
     AP_INLINE void key_blocks(const KeyWork& work) {
         for (int v = 0; v < work.vectors; v += kBlockVectors) {
-            for_blocks<kBlockRows>(piece_.rows, [&](auto size, int64_t row) {
+            for_blocks<kBlockRows>(work.rows, [&](auto size, int64_t row) {
                 key_block<B, BITS, size>(work, row, v);
             });
         }
@@ -255,25 +273,25 @@ class Attention {
     template <class B, int BITS, int ROWS>
     AP_NOINLINE void key_block(const KeyWork& work, int64_t row, int v) {
         // Copies: after a store the compiler would read anew whatever it had not copied.
-        const int64_t segments = queries_[work.m].segments;
+        const int64_t segments = work.queries->segments, stride = work.stride;
         const typename Queries<A>::Numbers q =
-            B::kPerStep == 4 ? queries_[work.m].quads : queries_[work.m].wide;
+            B::kPerStep == 4 ? work.queries->quads : work.queries->wide;
         typename B::Sum acc[ROWS][kBlockVectors];
         const int steps = work.words * places(BITS) * kWordSteps<B, BITS>;
         multiply_key_words<B, BITS>(q.steps + row * q.stride + work.dim / B::kPerStep, q.stride,
                                     s_->words + v, work.words, fetch_ahead(steps), acc);
         const float* scales = q.scale + row * segments + work.segment;
         const float* shifts = q.shift + row * segments + work.segment;
-        float* logits = s_->logits[row] + work.from + v * kLanes;
+        float* products = work.out + row * stride + v * kLanes;
         const Int before = splat(work.segment == 0 ? 0 : -1);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
             const float scale = scales[r * segments], shift = shifts[r * segments];
 #pragma GCC unroll 8
             for (int n = 0; n < kBlockVectors; ++n) {
-                float* logit = logits + r * kTile + n * kLanes;
-                const Float old = (Float)(load<Int>(logit) & before);
-                store(logit, old + (B::value(acc[r][n]) * scale + shift));
+                float* to = products + r * stride + n * kLanes;
+                const Float old = (Float)(load<Int>(to) & before);
+                store(to, old + (B::value(acc[r][n]) * scale + shift));
             }
         }
     }
@@ -388,6 +406,7 @@ class Attention {
     const Group& group_;
     Scratch* s_;
     Queries<A> queries_[2];
+    OwnPlanes<A> own_;
     bool begun_[2] = {};
     int64_t lanes_;
     bool wide_weights_ = false;  // whether values need weights of more than 8 bits

@@ -45,7 +45,7 @@ AP_INLINE void for_segments(const Side& side, F f) {
     }
 }
 
-// Queries of one piece and modality.
+// Queries of one piece and modality; or rows of a basis, whose products are parts of keys.
 template <class A>
 class Queries {
   public:
@@ -76,6 +76,11 @@ class Queries {
         reach = take<float>(memory, segments);
         mean_logit = take<float>(memory, rows + kRowGroup);
         widened = take<bool>(memory, segments);
+    }
+
+    // `factor`: of the products, where they become logits.
+    void limit_reach(float factor) {
+        for (int64_t s = 0; s < segments; ++s) reach[s] /= std::max(factor, 1e-30f);
     }
 
     static int64_t memory(int64_t rows, int64_t rank) {
