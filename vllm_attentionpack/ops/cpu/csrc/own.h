@@ -25,7 +25,7 @@ class OwnPlanes {
         planes_ = args.own.planes;
         rows = args.heads_per_group * 2 * planes_;
         if (!rows) return;
-        pointers_ = take<const float*>(memory, rows);
+        pointers_ = take<const float*>(memory, args.modalities * rows);
         zeros_ = take<const float*>(memory, rows);
         rebuilt = take<float>(memory, rows * kSub);
         cos_ = take<float>(memory, planes_ * kSub);
@@ -37,7 +37,7 @@ class OwnPlanes {
     static int64_t memory(const Attend& args, int64_t rank) {
         const int64_t rows = args.heads_per_group * 2 * args.own.planes;
         if (!rows) return 0;
-        return rows * (16 + 4 * kSub) + args.own.planes * 8 * kSub + 1024 +
+        return rows * (8 * (args.modalities + 1) + 4 * kSub) + args.own.planes * 8 * kSub + 1024 +
                args.modalities * (Queries<A>::memory(rows, rank) + 8 * rows * 4 + 1024);
     }
 
@@ -54,10 +54,10 @@ class OwnPlanes {
             most = std::max(most, squares);
         }
         for (int64_t m = 0; m < args_->modalities; ++m) {
+            const float** pointers = pointers_ + m * rows;
             for (int64_t r = 0; r < rows; ++r)
-                pointers_[r] = args_->own.basis[piece_->group] + (m * rows + r) * key.rank;
-            // Only read again where queries are widened, for which each modality needs its own.
-            basis[m].prepare(key, pointers_, zeros_, rows);
+                pointers[r] = args_->own.basis[piece_->group] + (m * rows + r) * key.rank;
+            basis[m].prepare(key, pointers, zeros_, rows);
             basis[m].limit_reach(std::sqrt(most));
         }
     }
