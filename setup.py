@@ -5,6 +5,7 @@ a compiler gets the package without them (`optional`).
 """
 
 import os
+from glob import glob
 
 from setuptools import Extension, setup
 
@@ -18,27 +19,7 @@ setup(
         Extension(
             "vllm_attentionpack.ops.cpu._kernels",
             sources=[f"{FOLDER}/{name}.cpp" for name in SOURCES],
-            depends=[
-                f"{FOLDER}/{name}"
-                for name in (
-                    "api.h",
-                    "kernels.h",
-                    "vector.h",
-                    "products.h",
-                    "words.h",
-                    "tile.h",
-                    "queries.h",
-                    "softmax.h",
-                    "attend.h",
-                    "merge.h",
-                    "exact.h",
-                    "join.h",
-                    "project.h",
-                    "store.h",
-                    "unpack.h",
-                    "isa.inc",
-                )
-            ],
+            depends=sorted(glob(f"{FOLDER}/*.h") + glob(f"{FOLDER}/*.inc")),
             language="c++",
             extra_compile_args=[
                 "-std=c++17",

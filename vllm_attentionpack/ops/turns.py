@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vllm_attentionpack.codec.positions import Rotary
 from vllm_attentionpack.ops.batch import QueryBatch
@@ -76,6 +77,17 @@ class PreRope:
     def planes(self) -> int:
         """`F`."""
         return self.cos.shape[1]
+
+    def padded(self, planes: int) -> tuple[Tensor, Tensor]:
+        """`cos` and `sin` with `planes` columns."""
+        if planes not in self._padded:
+            more = planes - self.planes
+            self._padded[planes] = pad(self.cos, (0, more)), pad(self.sin, (0, more))
+        return self._padded[planes]
+
+    @cached_property
+    def _padded(self) -> dict[int, tuple[Tensor, Tensor]]:
+        return {}
 
     @cached_property
     def by_plane(self) -> tuple[Tensor, Tensor]:

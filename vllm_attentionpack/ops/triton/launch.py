@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from vllm_attentionpack.ops.batch import QueryBatch
-from vllm_attentionpack.ops.triton.prepared import SMALLEST_ROWS, Prepared
+from vllm_attentionpack.ops.triton.prepared import SMALLEST_ROWS, Prepared, power_of_two
 from vllm_attentionpack.ops.triton.tiles import NARROW_COLUMNS
 
 #: A split below this many tokens costs more in the merge than it gains.
@@ -134,11 +134,6 @@ def _shared_bytes(shape: AttendShape, prepared: Prepared) -> int:
     operand = 2 * max(piece.size * piece.joined for piece in values.pieces)
     token = (shape.stages - 1) * codes + operand + 64
     return 2 * shape.rows * keys.columns + shape.tile * token
-
-
-def power_of_two(n: int) -> int:
-    """The smallest at or above `n`."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 def _floor_power_of_two(n: int) -> int:

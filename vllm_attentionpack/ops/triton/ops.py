@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.ops.batch import QueryBatch
@@ -16,7 +17,8 @@ from vllm_attentionpack.ops.triton.launch import (
     exact_shape,
     power_of_two,
 )
-from vllm_attentionpack.ops.triton.prepared import prepare
+from vllm_attentionpack.ops.triton.prepared import Prepared, prepare
+from vllm_attentionpack.ops.turns import PreRope, Turns
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,16 @@ class PackedQuery:
     """Queries in latent space, softmax scale included, for logits to base 2.
 
     Attributes:
-        latent: float16 `[T, groups, M, H, C]`, `H` query heads of a group, `C` padded columns.
-        mean_logit: float32 `[T, groups, M, H]`, the query against the mean key of each modality.
+        latent: float16 `[N, groups, M, H, C]`, `H` query heads of a group, `C` padded columns.
+        mean_logit: float32 `[N, groups, M, H]`, the query against the mean key of each modality.
+        turns: what the `N` rows are where they are not tokens.
+        own: float16 `[T, groups, H, 2, F]`, what planes coded pre-RoPE meet, `F` padded.
     """
 
     latent: Tensor
     mean_logit: Tensor
+    turns: Turns | None = None
+    own: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -63,17 +69,18 @@ def unavailable(device: torch.device) -> str | None:
     return f"they need a CUDA device, not {device.type}"
 
 
-def reserve(tokens: int, query_heads: int, codec: LayerCodec) -> None:
+def reserve(tokens: int, turned: int, query_heads: int, codec: LayerCodec) -> None:
     prepared = prepare(codec)
     prepared.make()
     # Queries in latent space, and as many attended latents of splits (one, where tokens are many)
     # as merged ones, beside what new tokens and exact ones gave; then the merge of three parts.
-    columns = prepared.tiles["key"].columns + 2 * prepared.tiles["value"].columns
-    latents = torch.float16.itemsize * codec.num_modalities * columns
-    fresh = torch.float16.itemsize * codec.layout.head_size
-    part = torch.float32.itemsize * codec.layout.head_size
-    most = max(latents + fresh + part, fresh + 3 * part)
-    torch.empty((tokens, query_heads, most), dtype=torch.uint8, device=prepared.device)
+    column = torch.float16.itemsize * codec.num_modalities
+    queries = turned * column * prepared.tiles["key"].columns
+    latents = tokens * column * 2 * prepared.tiles["value"].columns
+    fresh = tokens * torch.float16.itemsize * codec.layout.head_size
+    part = tokens * torch.float32.itemsize * codec.layout.head_size
+    most = max(queries + latents + fresh + part, fresh + 3 * part)
+    torch.empty((query_heads, most), dtype=torch.uint8, device=prepared.device)
 
 
 def store_kv(
@@ -132,7 +139,9 @@ def store_kv(
     )
 
 
-def absorb_query(query: Tensor, codec: LayerCodec, scale: float) -> PackedQuery:
+def absorb_query(
+    query: Tensor, codec: LayerCodec, scale: float, turns: Turns | None = None
+) -> PackedQuery:
     from vllm_attentionpack.ops.triton.project import absorb_kernel
 
     prepared = prepare(codec)
@@ -141,19 +150,26 @@ def absorb_query(query: Tensor, codec: LayerCodec, scale: float) -> PackedQuery:
     if query.stride(2) != 1:
         query = query.contiguous()
     repeats = query_heads // layout.num_kv_heads
-    shape = (tokens, len(layout.groups), codec.num_modalities, repeats * layout.heads_per_group)
+    count = tokens if turns is None else len(turns.cos)
+    shape = (count, len(layout.groups), codec.num_modalities, repeats * layout.heads_per_group)
     columns = prepared.tiles["key"].columns
     latent = torch.empty(*shape, columns, dtype=torch.float16, device=query.device)
     mean_logit = torch.empty(shape, dtype=torch.float32, device=query.device)
-    rows = tokens * repeats
+    rows = count * repeats
     block_rows = 16 if rows <= 64 else 64
     block_columns = 64
+    # Read where there are turns only.
+    sources, cos, sin = (
+        (latent, mean_logit, mean_logit)
+        if turns is None
+        else (turns.rows.tokens, turns.cos, turns.sin)
+    )
     grid = (
         -(-rows // block_rows),
         layout.num_kv_heads * codec.num_modalities,
         -(-columns // block_columns),
     )
-    if tokens:
+    if count:
         absorb_kernel[grid](
             query,
             basis.values,
@@ -161,6 +177,9 @@ def absorb_query(query: Tensor, codec: LayerCodec, scale: float) -> PackedQuery:
             prepared.key_mean,
             latent,
             mean_logit,
+            sources,
+            cos,
+            sin,
             query.stride(0),
             query.stride(1),
             rows,
@@ -174,9 +193,22 @@ def absorb_query(query: Tensor, codec: LayerCodec, scale: float) -> PackedQuery:
             BLOCK_ROWS=block_rows,
             BLOCK_COLUMNS=block_columns,
             BLOCK_DIMS=_divisor(head_size, 64),
+            PLANES=0 if turns is None else cos.shape[1],
+            INTERLEAVED=turns is not None and turns.rotary.interleaved,
             num_warps=4,
         )
-    return PackedQuery(latent, mean_logit)
+    own = None
+    if turns is not None and turns.pre_rope is not None:
+        own = _own_query(query, prepared, turns.pre_rope, scale)
+    return PackedQuery(latent, mean_logit, turns, own)
+
+
+def _own_query(query: Tensor, prepared: Prepared, pre_rope: PreRope, scale: float) -> Tensor:
+    own = prepared.own
+    assert own is not None
+    plain = torch.stack(pre_rope.of(query), 2) * (scale * math.log2(math.e))
+    plain = pad(plain, (0, own.planes - plain.shape[3])).half()
+    return plain.unflatten(1, (len(prepared.codec.layout.groups), -1))
 
 
 def paged_attention(
@@ -195,7 +227,8 @@ def paged_attention(
 
     prepared = prepare(codec)
     tiles = prepared.tiles
-    tokens, groups, modalities, heads, _ = query.latent.shape
+    _, groups, modalities, heads, _ = query.latent.shape
+    tokens = batch.num_tokens
     requests = batch.query_start_loc.shape[0] - 1
     columns = tiles["value"].columns
     shape = attend_shape(prepared, heads, batch)
@@ -209,6 +242,8 @@ def paged_attention(
         return PackedLatent(latent, weight, lse)
     constants = tiles["key"].constants("K") | tiles["value"].constants("V")
     constants |= prepared.plane_constants(block_size)
+    rows_of, own, spans = _span_arguments(query, prepared)
+    constants |= spans
     del constants["K_JOINED"]
     attend_kernel[(requests * shape.query_tiles * shape.splits, groups * modalities)](
         query.latent,
@@ -219,6 +254,7 @@ def paged_attention(
         stops,
         batch.query_start_loc,
         prepared.planes(block_size),
+        *own,
         parts,
         sums,
         kv_cache.stride(0),
@@ -227,6 +263,7 @@ def paged_attention(
         groups,
         shape.splits,
         shape.query_tiles,
+        *rows_of,
         HEADS=heads,
         ROWS=shape.rows,
         BLOCK_SIZE=block_size,
@@ -256,6 +293,39 @@ def paged_attention(
         num_warps=4,
     )
     return PackedLatent(latent, weight, lse)
+
+
+def _span_arguments(
+    query: PackedQuery, prepared: Prepared
+) -> tuple[tuple[int, ...], tuple[Tensor, ...], dict[str, object]]:
+    """What `attend_kernel` is told of spans and planes coded pre-RoPE: numbers, tensors, constants.
+
+    Tensors that it does not read are any.
+    """
+    turns, nothing = query.turns, query.mean_logit
+    layout = prepared.codec.layout
+    constants: dict[str, object] = {
+        "SPAN": 0,
+        "PLANES": 0,
+        "PASSES": 0,
+        "PASS_HEADS": 0,
+        "REPEATS": query.latent.shape[3] // layout.heads_per_group,
+        "HAS_POSITIONS": False,
+    }
+    if turns is None:
+        return (0, 0, 0), (nothing,) * 8, constants
+    rows = turns.rows
+    constants["SPAN"] = rows.size
+    if turns.pre_rope is None:
+        return (rows.first, rows.stop, 0), (rows.row_starts, *[nothing] * 7), constants
+    own, found = prepared.own, turns.pre_rope
+    assert own is not None and query.own is not None
+    constants |= {"PLANES": own.planes, "PASSES": own.passes, "PASS_HEADS": own.heads}
+    constants["HAS_POSITIONS"] = found.positions is not None
+    cos, sin = found.padded(own.planes)
+    positions = nothing if found.positions is None else found.positions
+    tensors = (rows.row_starts, query.own, own.basis, own.scale, own.mean, cos, sin, positions)
+    return (rows.first, rows.stop, positions.stride(0)), tensors, constants
 
 
 def up_project(attended: PackedLatent, codec: LayerCodec) -> Tensor:

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.codec.layout import KINDS, Kind
@@ -28,6 +29,9 @@ from vllm_attentionpack.ops.triton.tiles import (
 #: Accumulators of one program: value columns times rows of queries, float32.
 MAX_ACCUMULATORS = 1 << 15
 SMALLEST_ROWS = 16
+#: Columns of keys that are rebuilt in one pass, about: their sums take registers.
+_PASS_COLUMNS = 32
+_SMALLEST_PLANES = 4
 #: Bases are stored as float16 times a power of two that brings their largest entry to about this.
 _LARGEST_ENTRY = 256.0
 
@@ -66,6 +70,27 @@ class Encoder:
     mean: Tensor
     weight: Tensor
     steps: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class OwnPlanes:
+    """What rebuilds the planes of keys that are coded pre-RoPE, some KV heads in a pass.
+
+    Attributes:
+        planes: of a head, padded.
+        heads: KV heads of a pass, a power of two; those beyond the group's are zero.
+        passes: over the codes.
+        basis: float16 `[groups, M, passes, 2, C, heads * planes]`, first and second dims.
+        scale: float32 `[groups, M]`, see `HalfBasis`.
+        mean: float32 `[groups, M, passes, 2, heads * planes]`.
+    """
+
+    planes: int
+    heads: int
+    passes: int
+    basis: Tensor
+    scale: Tensor
+    mean: Tensor
 
 
 @dataclass
@@ -116,6 +141,7 @@ class Prepared:
     def make(self) -> None:
         """All that is otherwise made at first use, but for tables of a block size."""
         _ = self.encoders, self.query_basis, self.key_mean, self.value_basis, self.value_mean
+        _ = self.own
 
     def plane_constants(self, block_size: int) -> dict[str, object]:
         """See `tiles.plane_constants`."""
@@ -147,6 +173,40 @@ class Prepared:
     def value_mean(self) -> Tensor:
         """float32 `[Hk, M, D]`."""
         return self._mean("value").contiguous()
+
+    @cached_property
+    def own(self) -> OwnPlanes | None:
+        """None if no plane is coded pre-RoPE."""
+        anchors, layout = self.codec.anchors, self.codec.layout
+        if anchors is None or not anchors.pre_rope:
+            return None
+        size = layout.heads_per_group
+        planes = max(_SMALLEST_PLANES, power_of_two(anchors.pre_rope))
+        heads = min(power_of_two(size), max(1, _PASS_COLUMNS // planes))
+        planes = max(planes, SMALLEST_ROWS // heads)  # products are of 16 columns or more
+        dims = [of[: anchors.pre_rope] for of in anchors.rotary.plane_dims(layout.head_size)]
+
+        def in_passes(x: Tensor) -> Tensor:
+            """`[Hk, ..., D]` to `[groups, passes, 2, ..., heads * planes]`."""
+            x = torch.stack([x[..., of] for of in dims])  # [2, Hk, ..., F]
+            x = pad(x, (0, planes - x.shape[-1])).movedim(1, -2)  # [2, ..., Hk, F]
+            x = x.unflatten(-2, (-1, size))
+            x = pad(x, (0, 0, 0, -size % heads)).unflatten(-2, (-1, heads)).flatten(-2)
+            # [2, ..., groups, passes, heads * planes]
+            return x.movedim((-3, -2), (0, 1))
+
+        basis = in_passes(self._decode("key").flatten(1, 2))  # [.., passes, 2, M * C, ..]
+        basis = basis.unflatten(3, (self.codec.num_modalities, -1)).movedim(3, 1)
+        mean = in_passes(self._mean("key")).movedim(3, 1)
+        half = HalfBasis.of(basis.flatten(2, 4))
+        return OwnPlanes(
+            planes,
+            heads,
+            basis.shape[2],
+            half.values.view(basis.shape),
+            half.scale,
+            mean.contiguous(),
+        )
 
     @cached_property
     def encoders(self) -> "dict[Kind, Encoder]":
@@ -187,6 +247,11 @@ class Prepared:
         size = (self.codec.layout.heads_per_group, -1)
         means = [getattr(group, kind).basis.mean for group, _ in self.codec.group_heads()]
         return torch.cat([mean.unflatten(-1, size).transpose(0, 1) for mean in means])
+
+
+def power_of_two(n: int) -> int:
+    """The smallest at or above `n`."""
+    return 1 << max(0, n - 1).bit_length()
 
 
 _prepared: "WeakKeyDictionary[LayerCodec, Prepared]" = WeakKeyDictionary()

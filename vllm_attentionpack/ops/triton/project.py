@@ -11,8 +11,11 @@ def absorb_kernel(
     basis,  # float16 [Hk, M, D, COLUMNS]
     basis_scale,  # float32 [Hk, M]
     means,  # float32 [Hk, M, D]
-    absorbed,  # float16 [T, groups, M, GROUP_HEADS * REPEATS, COLUMNS]
-    mean_logits,  # float32 [T, groups, M, GROUP_HEADS * REPEATS]
+    absorbed,  # float16 [N, groups, M, GROUP_HEADS * REPEATS, COLUMNS]
+    mean_logits,  # float32 [N, groups, M, GROUP_HEADS * REPEATS]
+    sources,  # int32 [N]; unread unless PLANES, as are the next two
+    cosines,  # float32 [N, PLANES]
+    sines,  # float32 [N, PLANES]
     token_stride,
     head_stride,
     rows,
@@ -26,8 +29,13 @@ def absorb_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_DIMS: tl.constexpr,
+    PLANES: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):
-    """One KV head and modality, `BLOCK_ROWS` of its (token, query head) pairs, some columns."""
+    """One KV head and modality, `BLOCK_ROWS` of its (row, query head) pairs, some columns.
+
+    Rows are tokens, or with `PLANES` the tokens `sources`, turned back.
+    """
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     live = row < rows
     token = (row // REPEATS).to(tl.int64)
@@ -37,7 +45,10 @@ def absorb_kernel(
     column = tl.program_id(2) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     dim = tl.arange(0, BLOCK_DIMS)
 
-    source = query + token * token_stride + (head * REPEATS + repeat) * head_stride
+    source_token = token
+    if PLANES > 0:
+        source_token = tl.load(sources + token, mask=live, other=0).to(tl.int64)
+    source = query + source_token * token_stride + (head * REPEATS + repeat) * head_stride
     basis += (head * MODALITIES + modality) * HEAD_SIZE * COLUMNS
     means += (head * MODALITIES + modality) * HEAD_SIZE
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
@@ -45,6 +56,23 @@ def absorb_kernel(
     for start in range(0, HEAD_SIZE, BLOCK_DIMS):
         d = start + dim
         q = tl.load(source[:, None] + d[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+        if PLANES > 0:
+            # The other dim of the plane comes in with the sine, positive for a first dim.
+            if INTERLEAVED:
+                plane, sign = d // 2, 1 - 2 * (d % 2)
+                other = d + sign
+            else:
+                plane, sign = d % PLANES, 1 - 2 * (d // PLANES)
+                other = d + sign * PLANES
+            turns = d < 2 * PLANES
+            q_other = tl.load(
+                source[:, None] + other[None, :], mask=live[:, None] & turns[None, :], other=0.0
+            ).to(tl.float32)
+            angle = token[:, None] * PLANES + plane[None, :]
+            turning = live[:, None] & turns[None, :]
+            cos = tl.load(cosines + angle, mask=turning, other=1.0)
+            sin = tl.load(sines + angle, mask=turning, other=0.0)
+            q = q * cos + q_other * sin * sign[None, :]
         b = tl.load(
             basis + d[:, None] * COLUMNS + column[None, :],
             mask=(column < COLUMNS)[None, :],
