@@ -32,6 +32,7 @@ def main() -> int:
     parser.add_argument("--ratios", type=float, nargs="+", default=[4, 5, 6, 8, 10, 12, 16])
     parser.add_argument("--exact-ratios", type=float, nargs="+", default=[4, 6, 8, 10, 12, 16])
     parser.add_argument("--short-spans", type=int, nargs="*", default=[64, 16, 1])
+    parser.add_argument("--pre-rope-spans", type=int, nargs="*", default=[64])
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--recent", type=int, default=64)
     options = parser.parse_args()
@@ -69,13 +70,19 @@ def main() -> int:
                     codecs = beside.at(ratio).codecs(table.device)
                     windowed = PackCodec(setting.shape, codecs, kept)
                     table.add(f"ours, {exact}", f"ours {ratio:g}x codes, {exact}", windowed)
-        for span in options.short_spans:
+        forms = [(span, False) for span in options.short_spans]
+        forms += [(span, True) for span in options.pre_rope_spans]
+        for span, pre_rope in forms:
             assembler = setting.assembler(
-                max(setting.group_sizes), options.max_context, anchor_span=span
+                max(setting.group_sizes),
+                options.max_context,
+                anchor_span=span,
+                pre_rope=pre_rope,
             )
             for ratio, beside in product((4.0, 8.0, 16.0), (ExactTokens(), kept)):
                 what = [exact] if beside else []
                 keys = f"anchors every {span}" if span > 1 else "un-rotated keys"
+                keys += " and pre-RoPE" if pre_rope else ""
                 what = ", ".join([*what, keys])
                 assembled = setting.priced(assembler, exact=beside, ratio=ratio).at(ratio)
                 codec = PackCodec(setting.shape, assembled.codecs(table.device), beside)

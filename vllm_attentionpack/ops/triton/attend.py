@@ -228,10 +228,6 @@ def attend_kernel(
                 k_byte = tl.load(base + k_scales + within)
 
                 dots = tl.zeros((TILE, ROWS), tl.float32)
-                rebuilt = ()
-                if PLANES > 0:
-                    for _ in tl.static_range(2 * PASSES):
-                        rebuilt = rebuilt + (tl.zeros((TILE, PASS_HEADS * PLANES), tl.float32),)
                 for i in tl.static_range(len(K_BITS)):
                     data = load_plane(
                         base + group * GROUP_BYTES + k_at[2 * i + 1],
@@ -246,10 +242,6 @@ def attend_kernel(
                     for sub in tl.static_range(8 // K_BITS[i]):
                         operand = sub_plane(wide, K_BITS[i], sub)
                         dots = tl.dot(operand, queries[K_OPERAND[i] + sub], dots)
-                        dims = K_COLUMN[i] + sub * K_SIZE[i] + tl.arange(0, K_SIZE[i])
-                        rebuilt = _add_rebuilt(
-                            rebuilt, operand, own_basis, dims, K_COLUMNS, PASS_HEADS * PLANES
-                        )
                 # Asked for before the softmax, which hides the wait; earlier it would take
                 # registers.
                 v_byte = tl.load(base + v_scales + within)
@@ -269,11 +261,36 @@ def attend_kernel(
                     place += (own_column % PLANES)[None, :]
                     cos, sin = tl.load(own_cos + place), tl.load(own_sin + place)
                     unit = (scale_of(k_byte) * own_unit)[:, None]
+                    # One pass after the other, the codes read again: all at once would take more
+                    # registers than there are.
                     for turn in tl.static_range(PASSES):
+                        a = tl.zeros((TILE, PASS_HEADS * PLANES), tl.float32)
+                        b = tl.zeros((TILE, PASS_HEADS * PLANES), tl.float32)
+                        for i in tl.static_range(len(K_BITS)):
+                            data = load_plane(
+                                base + group * GROUP_BYTES + k_at[2 * i + 1],
+                                K_WIDTH[i],
+                                k_at[2 * i],
+                                within,
+                                K_START[i],
+                                K_SIZE[i],
+                                K_FULL[i],
+                            )
+                            wide = widen(data)
+                            for sub in tl.static_range(8 // K_BITS[i]):
+                                operand = sub_plane(wide, K_BITS[i], sub)
+                                # A tile of addresses that all share, and a constant: addresses
+                                # of their own would stay in registers from tile to tile.
+                                rows = tl.arange(0, K_SIZE[i])[:, None] * (PASS_HEADS * PLANES)
+                                columns = own_basis + (rows + own_column[None, :])
+                                skipped = 2 * turn * K_COLUMNS + K_COLUMN[i] + sub * K_SIZE[i]
+                                columns += skipped * PASS_HEADS * PLANES
+                                a = tl.dot(operand, tl.load(columns), a)
+                                columns += K_COLUMNS * PASS_HEADS * PLANES
+                                b = tl.dot(operand, tl.load(columns), b)
                         mean = own_mean + 2 * turn * PASS_HEADS * PLANES + own_column
-                        a = rebuilt[2 * turn] * unit + tl.load(mean)[None, :]
-                        b = rebuilt[2 * turn + 1] * unit
-                        b += tl.load(mean + PASS_HEADS * PLANES)[None, :]
+                        a = a * unit + tl.load(mean)[None, :]
+                        b = b * unit + tl.load(mean + PASS_HEADS * PLANES)[None, :]
                         first = (a * cos - b * sin).to(tl.float16)
                         second = (b * cos + a * sin).to(tl.float16)
                         logit = tl.dot(first, own_queries[2 * turn], logit)
@@ -327,17 +344,6 @@ def attend_kernel(
                 result.to(tl.float16),
                 mask=live[None, :],
             )
-
-
-@triton.jit
-def _add_rebuilt(rebuilt, operand, basis, dims, K_COLUMNS: tl.constexpr, OWN_COLUMNS: tl.constexpr):
-    """Adds what an operand of codes gives to each of the rebuilt parts of keys."""
-    added = ()
-    for half in tl.static_range(len(rebuilt)):
-        pointers = basis + (half * K_COLUMNS + dims)[:, None] * OWN_COLUMNS
-        columns = tl.load(pointers + tl.arange(0, OWN_COLUMNS)[None, :])
-        added = added + (tl.dot(operand, columns, rebuilt[half]),)
-    return added
 
 
 @triton.jit

@@ -64,13 +64,16 @@ class ExactShape:
     dims: int
 
 
-def attend_shape(prepared: Prepared, query_heads: int, batch: QueryBatch) -> AttendShape:
+def attend_shape(
+    prepared: Prepared, query_heads: int, batch: QueryBatch, rebuilds: bool = False
+) -> AttendShape:
     """Chooses the launch for a batch.
 
     Args:
         prepared: the layer.
         query_heads: of one head group.
         batch: only its sizes are read, nothing that lies on the device.
+        rebuilds: whether planes that are coded pre-RoPE are read.
     """
     value_columns = prepared.tiles["value"].columns
     on, fit = prepared.chip, prepared.chip.fit
@@ -83,6 +86,8 @@ def attend_shape(prepared: Prepared, query_heads: int, batch: QueryBatch) -> Att
     rows = max(SMALLEST_ROWS, min(most, power_of_two(wanted)))
     if not narrow:
         tile = min(tile, fit.scores // rows)
+    if rebuilds:  # registers hold parts of the tile's keys as well
+        tile = max(_SMALLEST_TILE, tile // 2)
     query_tiles = -(-wanted // rows)
     requests = batch.query_start_loc.shape[0] - 1
     kinds = len(prepared.codec.layout.groups) * prepared.codec.num_modalities

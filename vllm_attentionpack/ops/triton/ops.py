@@ -196,6 +196,8 @@ def absorb_query(
             PLANES=0 if turns is None else cos.shape[1],
             INTERLEAVED=turns is not None and turns.rotary.interleaved,
             num_warps=4,
+            # Turning reads four tensors: more of them in flight fill the shared memory.
+            num_stages=1 if turns else 3,
         )
     own = None
     if turns is not None and turns.pre_rope is not None:
@@ -231,7 +233,7 @@ def paged_attention(
     tokens = batch.num_tokens
     requests = batch.query_start_loc.shape[0] - 1
     columns = tiles["value"].columns
-    shape = attend_shape(prepared, heads, batch)
+    shape = attend_shape(prepared, heads, batch, query.own is not None)
     rows = (tokens, groups, modalities, heads)
     # A request of no new tokens is no program's; its rows do not exist.
     parts = query.latent.new_empty(shape.splits, *rows, columns)
