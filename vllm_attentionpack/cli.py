@@ -312,6 +312,7 @@ def bench_engine(
     anchor_span: Annotated[
         int, typer.Option(min=0, help="Tokens whose keys share an anchor; 0 for none.")
     ] = DEFAULT_ANCHOR_SPAN,
+    pre_rope: Annotated[bool, typer.Option("--pre-rope", help="As calibrate's.")] = False,
 ) -> None:
     """vLLM from end to end, dense and compacted, on a model with random weights."""
     _check_device(device)
@@ -329,6 +330,7 @@ def bench_engine(
         sinks=sinks,
         window=window,
         anchor_span=anchor_span,
+        pre_rope=pre_rope,
     )
     print_engine(setup, json)
 

@@ -33,13 +33,14 @@ LONGEST, MOST_REQUESTS, BLOCK_SIZE = 4096, 8, 32
 BLOCKS = LONGEST // BLOCK_SIZE
 
 
-def builder(device, span=0):
+def builder(device, span=0, pre_rope=0):
     made = object.__new__(AttentionPackMetadataBuilder)
     made.device = device
     made.ops, made.block_size, made.span = kernels, BLOCK_SIZE, span
     most = -(-LONGEST // span) if span else 0
     made.anchors = torch.zeros(MOST_REQUESTS + 1, most, dtype=torch.int64, device=device)
     made.dense_prefill = None
+    made.pre_rope, made.positions = bool(pre_rope), None
     made.context_lens = torch.zeros(MOST_REQUESTS + 1, dtype=torch.int32, device=device)
     made.vllm_config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=LONGEST))
     return made
@@ -84,8 +85,8 @@ def test_a_captured_graph_finds_anchors_where_they_were(monkeypatch):
     made = builder(CPU, span=256)
     captured = made.build_for_cudagraph_capture(common(CPU, [1, 1, 1, 1], [1, 1, 1, 1]))
     assert captured.spans.anchors.shape == (4, LONGEST // 256)
-    (piece,) = captured.spans._pieces
-    assert len(piece.requests) == 4 * LONGEST // 256
+    (rows,) = captured.spans._rows
+    assert len(rows.requests) == 4 * LONGEST // 256
     told = torch.tensor([[0, 200, 300], [0, 256, 512]])
     monkeypatch.setattr(metadata_module, "positions_every", lambda *args: told)
     made.build(0, common(CPU, [1, 1], [700, 513]))
@@ -97,11 +98,12 @@ def test_what_was_made_before_a_capture_is_not_used_in_it(monkeypatch):
     spans = builder(CPU, span=256).build(0, common(CPU, [1, 1], [700, 513])).spans
     rotary = Rotary(torch.tensor([0.5, 0.25], dtype=torch.float64))
     key = torch.ones(2, 1, 4)
-    before = spans.turn_new_keys(key, rotary)
+    anchors = Anchors(rotary, 256)
+    before = spans.turn_new_keys(key, anchors)
     spans.anchors[:] += 1
-    assert torch.equal(spans.turn_new_keys(key, rotary), before)
+    assert torch.equal(spans.turn_new_keys(key, anchors), before)
     monkeypatch.setattr(spans_module, "_capturing", lambda device: True)
-    assert not torch.equal(spans.turn_new_keys(key, rotary), before)
+    assert not torch.equal(spans.turn_new_keys(key, anchors), before)
 
 
 def capturing(tokens):
@@ -134,17 +136,26 @@ class ExactLayer:
         return torch.empty(20, 8, 2, LAYER.kv_heads, 64, dtype=torch.bfloat16, device=META)
 
 
-@pytest.mark.parametrize("span", [0, 1024])
+def anchored(codec, span, pre_rope):
+    if span:
+        rotary = Rotary(torch.ones(32, dtype=torch.float64)).to(META)
+        codec.anchors = Anchors(rotary, span, pre_rope)
+    return codec
+
+
+KEYS = pytest.mark.parametrize(("span", "pre_rope"), [(0, 0), (1024, 0), (256, 5)])
+
+
+@KEYS
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("query_len", [1, 3])
 def test_a_layer_waits_for_nothing_and_launches_alike_for_every_context(
-    query_len, exact, span, monkeypatch
+    query_len, exact, span, pre_rope, monkeypatch
 ):
     """Decoding and verification of drafts, in a batch that is padded as a graph pads it."""
-    codec = LAYER.codec(META)
+    codec = anchored(LAYER.codec(META), span, pre_rope)
     impl = layer_impl(codec, single if query_len == 1 else fresh_gpu.sdpa)
     layer = SimpleNamespace(layer_name="layer")
-    codec.anchors = Anchors(Rotary(torch.ones(32, dtype=torch.float64)).to(META), span or 1)
     impl.state.has_exact_cache, impl.state.exact_layers = exact, {"layer": ExactLayer()}
     tokens = 4 * query_len
     query, key, value = (
@@ -154,7 +165,7 @@ def test_a_layer_waits_for_nothing_and_launches_alike_for_every_context(
     width = codec.layout.bytes_per_token
     cache = torch.empty(40, 1, BLOCK_SIZE, width, dtype=torch.uint8, device=META)
     seen = []
-    made = builder(META, span)
+    made = builder(META, span, pre_rope)
     for lens in ([9, 40, 3, 900], [LONGEST] * 4):
         step = common(META, [query_len] * 4, lens)
         metadata = made.build_for_cudagraph_capture(step)
@@ -174,16 +185,15 @@ def test_a_layer_waits_for_nothing_and_launches_alike_for_every_context(
     assert seen[0] == seen[1] and len(seen[0]) == 6 + exact
 
 
-@pytest.mark.parametrize("span", [0, 1024])
+@KEYS
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("tokens", [1, 40, 3000])
-def test_what_a_step_launches_is_compiled_before(tokens, exact, span, monkeypatch):
+def test_what_a_step_launches_is_compiled_before(tokens, exact, span, pre_rope, monkeypatch):
     """A chunk that finds a context would wait for the compiler, which takes seconds a kernel."""
-    codec = LAYER.codec(META)
+    codec = anchored(LAYER.codec(META), span, pre_rope)
     kept = (4, 64, 8) if exact else None
     with recording(Chip(132, 227 * 1024, 9)) as early:
         kernels.warm_up(LAYER.query_heads, torch.bfloat16, codec, BLOCK_SIZE, LONGEST, kept)
-    codec.anchors = Anchors(Rotary(torch.ones(32, dtype=torch.float64)).to(META), span or 1)
     impl = layer_impl(codec, single if tokens == 1 else fresh_gpu.sdpa)
     layer = SimpleNamespace(layer_name="layer")
     impl.state.has_exact_cache, impl.state.exact_layers = exact, {"layer": ExactLayer()}
@@ -193,7 +203,7 @@ def test_what_a_step_launches_is_compiled_before(tokens, exact, span, monkeypatc
     width = codec.layout.bytes_per_token
     cache = torch.empty(40, 1, BLOCK_SIZE, width, dtype=torch.uint8, device=META)
     step = common(META, [tokens], [LONGEST])
-    metadata = builder(META, span).build(0, step)
+    metadata = builder(META, span, pre_rope).build(0, step)
     context = SimpleNamespace(
         slot_mapping={"exact": step.slot_mapping},
         attn_metadata={
@@ -219,7 +229,7 @@ def test_a_profiling_run_takes_the_memory_of_a_step():
     output = torch.ones(50, 8 * 64)
     query = torch.empty(50, 8, 64)
     assert impl.forward(None, query, query, query, torch.empty(0), None, output) is output
-    assert taken == [(50, 8, codec)] and not output.any()
+    assert taken == [(50, 50, 8, codec)] and not output.any()
 
 
 @pytest.mark.parametrize(
@@ -278,27 +288,14 @@ def test_the_cache_that_vllm_measures_graphs_with_is_not_the_one_reported(monkey
 def test_a_profiling_run_takes_the_memory_of_turned_queries(monkeypatch):
     codec = LAYER.codec(CPU)
     codec.anchors = Anchors(Rotary(torch.ones(32, dtype=torch.float64)), 512)
-    monkeypatch.setattr(spans_module, "MAX_TURNED", 300)
     monkeypatch.setattr(impl_module, "MAX_TURNED", 300)
     taken = []
     impl = layer_impl(codec, None)
     impl.state.ops = SimpleNamespace(reserve=lambda *args: taken.append(args))
     impl.state.most_spans = 4
     query = torch.empty(50, 8, 64, dtype=torch.bfloat16)
-    reserved = most_bytes(
-        lambda: impl.forward(None, query, query, query, torch.empty(0), None, torch.ones(50, 512))
-    )
-    assert taken == [(300, 8, codec)]
-    spans = builder(CPU, span=512).build(0, common(CPU, [1] * 8, [2000] * 8)).spans
-    (piece,) = spans._pieces
-    cos, sin = spans._turns(piece, codec.anchors.rotary)
-
-    def turn():
-        codec.anchors.rotary.turn_by(query[:8][piece.tokens], cos, -sin)
-
-    turned = most_bytes(turn)
-    assert len(piece.tokens) == 32
-    assert reserved * 32 / 300 >= 0.9 * turned
+    impl.forward(None, query, query, query, torch.empty(0), None, torch.ones(50, 512))
+    assert taken == [(50, 300, 8, codec)]
 
 
 def most_bytes(step):
@@ -346,6 +343,6 @@ def test_what_is_reserved_covers_a_step(ratio, monkeypatch):
 
         step()
         taken = most_bytes(step)
-        reserved = most_bytes(lambda: kernels.reserve(tokens, 16, codec))
+        reserved = most_bytes(lambda: kernels.reserve(tokens, tokens, 16, codec))
     assert taken <= 1.05 * reserved  # sums of weights and the like
     assert reserved <= 1.2 * taken, (reserved, taken)

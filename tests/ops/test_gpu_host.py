@@ -63,7 +63,7 @@ def test_a_step_beside_an_exact_window_waits_for_nothing(modalities, query_len):
     context = torch.empty(requests, dtype=torch.int32, device=META)
     room = ops.ExactTokens.empty(requests + 1, SINKS, WINDOW, META)
     with recording(H200) as launched:
-        kernels.reserve(tokens, layer.query_heads, codec)
+        kernels.reserve(tokens, tokens, layer.query_heads, codec)
         kernels.store_kv(key, value, cache, slots, visual, codec, BLOCK_SIZE)
         ops.store_exact(key, value, pages, slots)
         exact = ops.locate_exact(table, context, 16, SINKS, WINDOW).kept_in(room)
@@ -158,7 +158,7 @@ def test_what_is_prepared_for_a_codec_goes_with_it():
     """Bases on the device: a second engine of the process would find no room beside the first's."""
     codec = LayerShape(8, 4, 64, 2, 4).codec(META)
     with recording(H200):
-        kernels.reserve(1, 8, codec)
+        kernels.reserve(1, 1, 8, codec)
     made = ref(prepared.prepare(codec))
     assert made() is not None
     del codec

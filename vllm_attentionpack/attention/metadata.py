@@ -80,9 +80,14 @@ class AttentionPackMetadataBuilder(AttentionMetadataBuilder[AttentionPackMetadat
         # Of all tokens, where some planes are turned by them and they are not the tokens' indices.
         self.positions: Tensor | None = None
         self.pre_rope = state.pre_rope
-        if self.pre_rope and vllm_config.model_config.uses_mrope:
+        if self.pre_rope:
             tokens = vllm_config.model_config.max_model_len
-            self.positions = torch.zeros(requests, tokens, dtype=torch.int32, device=device)
+            if vllm_config.model_config.uses_mrope:
+                self.positions = torch.zeros(requests, tokens, dtype=torch.int32, device=device)
+            for name in layer_names:
+                anchors = state.codec(name).anchors
+                if anchors is not None:  # made now, not in a step that is captured
+                    anchors.rotary.table(tokens + 2)
 
     @classmethod
     def get_cudagraph_support(

@@ -46,6 +46,7 @@ class Setup:
         sinks: first tokens of a request that stay exact.
         window: its last tokens that do.
         anchor_span: tokens whose keys share an anchor; 0 for none.
+        pre_rope: code planes that turn far within a span pre-RoPE.
         repeats: runs of decoding.
         length: tokens of a request at its end.
         kv_bytes: bytes of KV cache of each engine; holds the batch densely.
@@ -64,6 +65,7 @@ class Setup:
     sinks: int = DEFAULT_SINKS
     window: int = DEFAULT_WINDOW
     anchor_span: int = DEFAULT_ANCHOR_SPAN
+    pre_rope: bool = False
     repeats: int = 3
 
     @property
@@ -175,8 +177,8 @@ def _write_pack(llm: Any, setup: Setup, path: Path) -> None:
 
     found: Fingerprint = fingerprint(llm.llm_engine.vllm_config.model_config)
     names = [f"model.layers.{i}.self_attn.attn" for i in range(setup.layers)]
-    pack = synthetic_pack(found, names, setup.group, setup.ratio, setup.length, setup.anchor_span)
-    save_pack(pack, path)
+    keys = setup.anchor_span, setup.pre_rope
+    save_pack(synthetic_pack(found, names, setup.group, setup.ratio, setup.length, *keys), path)
 
 
 def _measure(llm: Any, setup: Setup, largest_batch: float) -> Figures:

@@ -74,6 +74,14 @@ class Rotary:
         angle = positions.double() * self.frequencies.to(positions.device)
         return angle.cos().float(), angle.sin().float()
 
+    def table(self, count: int) -> tuple[Tensor, Tensor]:
+        """`tables` of the positions from 0 on, `count` of them or more; made once and kept."""
+        kept = self.__dict__.get("_table")
+        if kept is None or len(kept[0]) < count:
+            kept = self.tables(torch.arange(count, device=self.frequencies.device))
+            self.__dict__["_table"] = kept
+        return kept
+
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
         """Turns heads by `positions` (negative ones turn back).
 

@@ -203,10 +203,8 @@ class StepSpans:
     def _pre_rope(self, anchors: Anchors) -> PreRope:
         def make() -> PreRope:
             # Positions are never beyond indices: images take up fewer than they have tokens.
-            every = torch.arange(self.batch.max_seq_len + 1, device=self.anchors.device)
-            tables = anchors.rotary.tables(every)
-            cos, sin = (table[:, : anchors.pre_rope].contiguous() for table in tables)
-            return PreRope(anchors.rotary, self.positions, cos, sin)
+            tables = anchors.rotary.table(self.batch.max_seq_len + 1)
+            return PreRope(anchors, self.positions, *tables)
 
         return self._derived.get(("pre-RoPE", anchors), make)
 

@@ -7,15 +7,13 @@ all its queries.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from vllm_attentionpack.codec.positions import Rotary
+from vllm_attentionpack.codec.positions import Anchors, Rotary
 from vllm_attentionpack.ops.batch import QueryBatch
 
 #: Turned queries of one call: bounds its memory.
@@ -62,13 +60,13 @@ class PreRope:
     They are rebuilt, turned by the key's own position, and meet the query as it comes.
 
     Attributes:
-        rotary: how the layer turns its heads.
+        anchors: of the layer.
         positions: int32 `[B, L]`, of each request's tokens; None where they are their indices.
-        cos: float32 `[positions, F]`, of every position.
-        sin: float32 `[positions, F]`.
+        cos: float32 `[positions, P]`, of every position and all planes.
+        sin: float32 `[positions, P]`.
     """
 
-    rotary: Rotary
+    anchors: Anchors
     positions: Tensor | None
     cos: Tensor
     sin: Tensor
@@ -76,27 +74,11 @@ class PreRope:
     @property
     def planes(self) -> int:
         """`F`."""
-        return self.cos.shape[1]
-
-    def padded(self, planes: int) -> tuple[Tensor, Tensor]:
-        """`cos` and `sin` with `planes` columns."""
-        if planes not in self._padded:
-            more = planes - self.planes
-            self._padded[planes] = pad(self.cos, (0, more)), pad(self.sin, (0, more))
-        return self._padded[planes]
-
-    @cached_property
-    def _padded(self) -> dict[int, tuple[Tensor, Tensor]]:
-        return {}
-
-    @cached_property
-    def by_plane(self) -> tuple[Tensor, Tensor]:
-        """`cos` and `sin` as `[F, positions]`, contiguous."""
-        return self.cos.T.contiguous(), self.sin.T.contiguous()
+        return self.anchors.pre_rope
 
     def of(self, heads: Tensor) -> tuple[Tensor, Tensor]:
         """The first and the second dims `[..., F]` of these planes of heads `[..., D]`."""
-        first, second = self.rotary.plane_dims(heads.shape[-1])
+        first, second = self.anchors.rotary.plane_dims(heads.shape[-1])
         return heads[..., first[: self.planes]], heads[..., second[: self.planes]]
 
 

@@ -185,7 +185,7 @@ def absorb_query(
 def _own_queries(query: Tensor, pre_rope: PreRope, scale: float) -> list[Tensor]:
     plain = torch.stack(pre_rope.of(query), 2).float() * scale
     positions = [] if pre_rope.positions is None else [pre_rope.positions]
-    return [plain, *pre_rope.by_plane, *positions]
+    return [plain, pre_rope.cos, pre_rope.sin, *positions]
 
 
 def paged_attention(

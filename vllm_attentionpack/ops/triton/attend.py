@@ -35,8 +35,8 @@ def attend_kernel(
     own_basis,  # float16 [groups, M, PASSES, 2, K_COLUMNS, PASS_HEADS * PLANES]
     own_scale,  # float32 [groups, M]
     own_mean,  # float32 [groups, M, PASSES, 2, PASS_HEADS * PLANES]
-    own_cos,  # float32 [positions, PLANES]
-    own_sin,  # float32 [positions, PLANES]
+    own_cos,  # float32 [positions, TABLE_PLANES]
+    own_sin,  # float32 [positions, TABLE_PLANES]
     own_positions,  # int32 [B, tokens]; unread unless HAS_POSITIONS
     latent,  # float16 [splits, T, groups, M, HEADS, V_COLUMNS]
     sums,  # float32 [splits, T, groups, M, HEADS]
@@ -62,6 +62,7 @@ def attend_kernel(
     PASS_HEADS: tl.constexpr,
     REPEATS: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
+    TABLE_PLANES: tl.constexpr,
     K_BITS: tl.constexpr,
     K_START: tl.constexpr,
     K_SIZE: tl.constexpr,
@@ -257,8 +258,9 @@ def attend_kernel(
                             mask=seen,
                             other=0,
                         )
-                    place = tl.where(seen, place, 0)[:, None] * PLANES
-                    place += (own_column % PLANES)[None, :]
+                    place = tl.where(seen, place, 0)[:, None] * TABLE_PLANES
+                    # Columns that fill up are of no plane, and may take any angle.
+                    place += tl.minimum(own_column % PLANES, TABLE_PLANES - 1)[None, :]
                     cos, sin = tl.load(own_cos + place), tl.load(own_sin + place)
                     unit = (scale_of(k_byte) * own_unit)[:, None]
                     # One pass after the other, the codes read again: all at once would take more

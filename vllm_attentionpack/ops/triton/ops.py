@@ -76,6 +76,8 @@ def reserve(tokens: int, turned: int, query_heads: int, codec: LayerCodec) -> No
     # as merged ones, beside what new tokens and exact ones gave; then the merge of three parts.
     column = torch.float16.itemsize * codec.num_modalities
     queries = turned * column * prepared.tiles["key"].columns
+    if prepared.own is not None:  # what its planes meet: stacked, padded, as float16
+        queries += 3 * tokens * torch.float16.itemsize * 2 * prepared.own.planes
     latents = tokens * column * 2 * prepared.tiles["value"].columns
     fresh = tokens * torch.float16.itemsize * codec.layout.head_size
     part = tokens * torch.float32.itemsize * codec.layout.head_size
@@ -197,7 +199,7 @@ def absorb_query(
             INTERLEAVED=turns is not None and turns.rotary.interleaved,
             num_warps=4,
             # Turning reads four tensors: more of them in flight fill the shared memory.
-            num_stages=1 if turns else 3,
+            **({"num_stages": 1} if turns else {}),
         )
     own = None
     if turns is not None and turns.pre_rope is not None:
@@ -313,6 +315,7 @@ def _span_arguments(
         "PASS_HEADS": 0,
         "REPEATS": query.latent.shape[3] // layout.heads_per_group,
         "HAS_POSITIONS": False,
+        "TABLE_PLANES": 0,
     }
     if turns is None:
         return (0, 0, 0), (nothing,) * 8, constants
@@ -324,9 +327,10 @@ def _span_arguments(
     assert own is not None and query.own is not None
     constants |= {"PLANES": own.planes, "PASSES": own.passes, "PASS_HEADS": own.heads}
     constants["HAS_POSITIONS"] = found.positions is not None
-    cos, sin = found.padded(own.planes)
     positions = nothing if found.positions is None else found.positions
-    tensors = (rows.row_starts, query.own, own.basis, own.scale, own.mean, cos, sin, positions)
+    bases = own.basis, own.scale, own.mean
+    tensors = (rows.row_starts, query.own, *bases, found.cos, found.sin, positions)
+    constants["TABLE_PLANES"] = found.cos.shape[1]
     return (rows.first, rows.stop, positions.stride(0)), tensors, constants
 
 

@@ -14,9 +14,25 @@ from vllm_attentionpack.ops.triton.ops import (
     up_project,
 )
 from vllm_attentionpack.ops.triton.prepared import prepare
+from vllm_attentionpack.ops.turns import PreRope, Turns, span_rows
 
 #: New tokens of a step: decoding, and more than any program takes.
 _NEW_TOKENS = (1, 128)
+
+
+def _turns(codec: LayerCodec, batch: QueryBatch, max_seq_len: int) -> list[Turns | None]:
+    """Those of the steps that there are; all have the same few rows, which see nothing."""
+    anchors = codec.anchors
+    if anchors is None:
+        return [None]
+    device = batch.query_start_loc.device
+    some = QueryBatch.build(batch.host_starts, (batch.num_tokens + 1,), device)
+    (rows,) = span_rows(some, anchors.span, causal=False)
+    tables = anchors.rotary.tables(torch.zeros_like(rows.spans))
+    if not anchors.pre_rope:
+        return [None, Turns(rows, anchors.rotary, *tables)]
+    own = PreRope(anchors, None, *anchors.rotary.table(max_seq_len + 1))
+    return [Turns(rows, anchors.rotary, *tables, own)]
 
 
 def warm_up(
@@ -46,13 +62,16 @@ def warm_up(
         nowhere = torch.full((tokens,), -1, device=device)
         for visual in (None, nowhere >= 0)[: codec.num_modalities]:
             store_kv(new, new, cache, nowhere, visual, codec, block_size)
-        absorbed = absorb_query(query, codec, 1.0)
         for longest in lengths:
             batch = QueryBatch.build((0, tokens), (longest,), device)
-            attended = paged_attention(
-                absorbed, cache, table, starts, stops, batch, codec, block_size, False
-            )
+            for turns in _turns(codec, batch, max_seq_len):
+                absorbed = absorb_query(query, codec, 1.0, turns)
+                attended = paged_attention(
+                    absorbed, cache, table, starts, stops, batch, codec, block_size, False
+                )
         parts = [(query, attended.lse), (up_project(attended, codec), attended.lse)]
         if exact is not None:
             parts.append(exact_attention(query, pages, seen, batch, 1.0))
         merge_attention(*parts)
+        if codec.anchors is not None:  # of calls that share the spans of a step
+            merge_attention(parts[1], parts[1])

@@ -28,11 +28,11 @@ struct Group {
 // rebuilt and turned by the key's own position. Of a head, first dims come before second ones.
 struct PreRope {
     int64_t planes;  // 0: none
-    int64_t positions_stride, table_stride;
+    int64_t positions_stride, table_stride;  // of a request, and of a position
     const float* const* basis;  // per group [M, KV heads, 2, planes, Rk], in the order of the words
     const float* const* mean;   // per group [M, KV heads, 2, planes]
     const float* query;         // [T, Hq, 2, planes]
-    const float* cos;           // [planes, positions]
+    const float* cos;           // [positions, planes or more]
     const float* sin;
     const int32_t* positions;   // [B, tokens]; null: a token's index
 };

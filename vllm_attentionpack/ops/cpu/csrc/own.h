@@ -92,22 +92,15 @@ class OwnPlanes {
         const int32_t* known =
             own.positions ? own.positions + piece_->request * own.positions_stride : nullptr;
         int32_t at[kSub];
-        bool neighbours = true;
         for (int t = 0; t < count; ++t) {
             // Places that are filled up stand for no token.
             const int32_t token = tile.position[std::min(from + t, tile.count - 1)];
             at[t] = known ? known[token] : token;
-            neighbours &= at[t] == at[0] + t;
         }
-        for (int64_t p = 0; p < planes_; ++p) {
-            const float *cos = own.cos + p * own.table_stride, *sin = own.sin + p * own.table_stride;
-            float *to_cos = cos_ + p * kSub, *to_sin = sin_ + p * kSub;
-            if (neighbours) {
-                std::copy_n(cos + at[0], count, to_cos);
-                std::copy_n(sin + at[0], count, to_sin);
-            } else {
-                for (int t = 0; t < count; ++t) to_cos[t] = cos[at[t]], to_sin[t] = sin[at[t]];
-            }
+        for (int t = 0; t < count; ++t) {
+            const float *cos = own.cos + at[t] * own.table_stride, *sin = own.sin + at[t] * own.table_stride;
+            for (int64_t p = 0; p < planes_; ++p)
+                cos_[p * kSub + t] = cos[p], sin_[p * kSub + t] = sin[p];
         }
     }
 
