@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vllm_attentionpack.calibrate.moments import MomentAccumulator, auto_group_size
-from vllm_attentionpack.codec.positions import Rotary
+from vllm_attentionpack.codec.positions import Anchors, Rotary, pre_rope_planes
 
 HQ, HK, D, G, T = 6, 4, 16, 2, 200
 N = HK // G
@@ -112,6 +112,38 @@ def test_keys_may_be_averaged_over_fewer_positions_than_queries() -> None:
     close(anchored.key.mean, near.key.mean)
     close(anchored.query, far.query)
     assert not torch.allclose(anchored.key.second, far.key.second)
+
+
+def test_planes_coded_pre_rope_stay_as_at_position_0() -> None:
+    """And the others are averaged over one span, what they have in common included."""
+    key = tokens(0)[1]
+    span, planes = 37, 2
+    moments = accumulate(ROTARY, 100, 100, visual=None)
+    anchors = Anchors(ROTARY, span, planes)
+    result = moments.finalize(1000, 1, anchors)
+    turns = []
+    for n in range(span):
+        cos, sin = ROTARY.tables(torch.full((T,), n))
+        cos[:, :planes], sin[:, :planes] = 1, 0
+        turns.append(ROTARY.turn_by(key, cos, sin))
+    second, mean = expected_group(torch.cat(turns))
+    close(result.key.second[0], second)
+    close(result.key.mean[0], mean)
+
+
+def test_which_planes_are_coded_pre_rope() -> None:
+    """Those that turn by more than a few radians within a span; none of a layer without RoPE."""
+    rotary = Rotary(2.0 ** -torch.arange(10, dtype=torch.float64))
+    assert pre_rope_planes(rotary, 64) == 3  # 64, 32, 16 radians; then 8
+    assert pre_rope_planes(rotary, 4) == 0
+    moments = MomentAccumulator(1, 1, 20, 1, rotary)
+    assert moments.anchors(64, 1000, pre_rope=True) == Anchors(rotary, 64, 3)
+    assert moments.anchors(64, 1000) == Anchors(rotary, 64)
+    # One span holds all: its anchor is position 0, but those planes turn far within it.
+    assert moments.anchors(64, 16, pre_rope=True) == Anchors(rotary, 64, 1)
+    assert moments.anchors(64, 16) is None
+    assert moments.anchors(0, 1000, pre_rope=True) is None
+    assert MomentAccumulator(1, 1, 20, 1, None).anchors(64, 1000, pre_rope=True) is None
 
 
 def test_visual_tokens_alone_are_one_modality() -> None:

@@ -102,6 +102,7 @@ def calibrated(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> Ca
         group_size=2,
         max_model_len=1024,
         anchor_span=128,  # a third of the prompts reaches beyond it
+        pre_rope=True,
         sensitivity="uniform",  # measured ones take minutes
     )
     folder = tmp_path_factory.mktemp("packs")

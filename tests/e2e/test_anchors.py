@@ -24,10 +24,10 @@ CHUNK = 72
 def anchored(dense, tmp_path):
     """Makes packs that keep bfloat16 keys and values, keys turned back."""
 
-    def make(span):
+    def make(span, pre_rope=0):
         rotary = Rotary(10000.0 ** -(torch.arange(32, dtype=torch.float64) / 32))
         path = tmp_path / "anchored.safetensors"
-        anchors = Anchors(rotary, span)
+        anchors = Anchors(rotary, span, pre_rope)
         save_pack(identity_pack(dense.fingerprint, dense.layer_names, anchors=anchors), path)
         return path
 
@@ -40,16 +40,18 @@ def answers(engine, prompts, greedy, **options):
 
 
 @pytest.mark.parametrize(
-    ("span", "exact", "exact_prefill"),
+    ("span", "pre_rope", "exact", "exact_prefill"),
     [
-        (SPANS[0], {}, False),
-        (SPANS[0], {"sinks": 4, "window": 24}, True),
-        (SPANS[1], {"sinks": 4, "window": 24}, False),
-        (SPANS[1], {}, True),
+        (SPANS[0], 0, {}, False),
+        (SPANS[0], 0, {"sinks": 4, "window": 24}, True),
+        (SPANS[0], 9, {}, False),
+        (SPANS[0], 9, {"sinks": 4, "window": 24}, True),
+        (SPANS[1], 0, {"sinks": 4, "window": 24}, False),
+        (SPANS[1], 0, {}, True),
     ],
 )
 def test_answers_are_those_of_keys_as_they_come(
-    engines, dense, anchored, greedy, span, exact, exact_prefill, monkeypatch
+    engines, dense, anchored, greedy, span, pre_rope, exact, exact_prefill, monkeypatch
 ):
     met = []
     attend = StepSpans.attend
@@ -59,7 +61,7 @@ def test_answers_are_those_of_keys_as_they_come(
         return attend(self, *args)
 
     monkeypatch.setattr(StepSpans, "attend", record)
-    section = compacted(anchored(span), exact_prefill=exact_prefill, **exact)
+    section = compacted(anchored(span, pre_rope), exact_prefill=exact_prefill, **exact)
     engine = engines.get(MODEL, block_size=16, dtype="float32", **section)
     prompts, want = dense.prompts[::2], dense.outputs[::2]
     cold = answers(engine, prompts, greedy)
@@ -73,9 +75,10 @@ def test_answers_are_those_of_keys_as_they_come(
     assert agreement(cold, warm).share >= 0.99
 
 
+@pytest.mark.parametrize("pre_rope", [0, 9])
 @pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="needs AVX-512")
 def test_dense_prefill_turns_keys_to_where_they_stood(
-    engines, dense, anchored, greedy, monkeypatch
+    engines, dense, anchored, greedy, pre_rope, monkeypatch
 ):
     contexts = []
     attend = DensePrefill.attend
@@ -88,7 +91,7 @@ def test_dense_prefill_turns_keys_to_where_they_stood(
     lengths = [len(output.prompt_token_ids) for output in dense.outputs]
     prompts = [p for p, n in zip(dense.prompts, lengths, strict=True) if n > 2 * CHUNK][:12]
     stock = answers(engines.get(MODEL, dtype="bfloat16"), prompts, greedy)
-    section = compacted(anchored(SPANS[0]), prefill="dense")
+    section = compacted(anchored(SPANS[0], pre_rope), prefill="dense")
     engine = engines.get(MODEL, dtype="bfloat16", block_size=16, **section)
     found = agreement(stock, answers(engine, prompts, greedy))
     assert max(contexts) > 2 * SPANS[0]

@@ -26,10 +26,18 @@ ITEMS = 24
 SECTION = {"exact_prefill": False, "sinks": 0, "window": 0, "ops": "reference"}
 
 
-@pytest.fixture(scope="module", params=[0, 48, 1], ids=["as-they-come", "anchors", "un-rotated"])
+KEYS = {
+    "as-they-come": {"anchor_span": 0},
+    "anchors": {"anchor_span": 48},
+    "un-rotated": {"anchor_span": 1},
+    "pre-rope": {"anchor_span": 48, "pre_rope": True},
+}
+
+
+@pytest.fixture(scope="module", params=list(KEYS))
 def pack(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     path = tmp_path_factory.mktemp("simulate") / "8x.pack.safetensors"
-    options = {"sensitivity": "uniform", "max_tokens": 4000, "anchor_span": request.param, **ENGINE}
+    options = {"sensitivity": "uniform", "max_tokens": 4000, **KEYS[request.param], **ENGINE}
     calibrate(str(MODEL), CALIBRATION_DATA, 8, path, sinks=0, window=0, **options)
     return path
 

@@ -20,7 +20,7 @@ FREQUENCIES = "layers.0.frequencies"
 def path(tmp_path):
     rotary = Rotary(0.5 ** torch.arange(6, dtype=torch.float64), interleaved=True)
     file = tmp_path / "anchored.safetensors"
-    save_pack(identity_pack(FINGERPRINT, NAMES, anchors=Anchors(rotary, SPAN)), file)
+    save_pack(identity_pack(FINGERPRINT, NAMES, anchors=Anchors(rotary, SPAN, 2)), file)
     return file
 
 
@@ -30,6 +30,7 @@ def test_anchors_come_back_and_are_shared(path):
     codecs = [pack.codec(0), shard_codec(pack, 1, 2, 1)]
     for codec in codecs:
         assert codec.anchors.span == SPAN and codec.anchors.rotary.interleaved
+        assert codec.anchors.pre_rope == codec.to(torch.device("meta")).anchors.pre_rope == 2
         assert torch.equal(
             codec.anchors.rotary.frequencies, 0.5 ** torch.arange(6, dtype=torch.float64)
         )
@@ -82,11 +83,13 @@ def test_frequencies_of_another_shape_or_type(path, broken):
     refused(path, FREQUENCIES, reads_header=True)
 
 
-@pytest.mark.parametrize("change", [{"anchor_span": 0}, {"planes": 9}])
+@pytest.mark.parametrize("change", [{"anchor_span": 0}, {"planes": 9}, {"pre_rope": 7}])
 def test_what_turns_must_fit_the_heads(path, change):
     def edit(header):
         header["anchor_span"] = change.get("anchor_span", SPAN)
-        header["layers"][0]["rotary"]["planes"] = change.get("planes", 6)
+        header["layers"][0]["rotary"] |= {"planes": 6, "pre_rope": 2} | {
+            name: value for name, value in change.items() if name != "anchor_span"
+        }
 
     edit_header(path, edit)
     refused(path, "model.layers.0.attn", "anchor span")
