@@ -24,10 +24,12 @@ from torch import Tensor
 from vllm_attentionpack.bench.shapes import LayerShape
 from vllm_attentionpack.calibrate.settings import DEFAULT_SINKS, DEFAULT_WINDOW
 from vllm_attentionpack.codec.codec import LayerCodec
+from vllm_attentionpack.codec.positions import Anchors, Rotary
 from vllm_attentionpack.kv_cache.pages import PREFERRED_EXACT_TOKENS
 from vllm_attentionpack.ops import QueryBatch
 from vllm_attentionpack.ops import triton as ops
 from vllm_attentionpack.ops.exact import ExactTokens
+from vllm_attentionpack.ops.spans import StepSpans
 from vllm_attentionpack.ops.triton import prepared
 from vllm_attentionpack.ops.triton.chip import Chip
 
@@ -71,6 +73,8 @@ class Case:
         causal: whether new tokens are read from the codes.
         context: longest request.
         ranges: whether only a range of each context is read, as beside an exact window.
+        span: tokens that share an anchor; 0 for none.
+        pre_rope: planes that are coded pre-RoPE.
     """
 
     layer: LayerShape
@@ -81,6 +85,8 @@ class Case:
     causal: bool = False
     context: int = 8192
     ranges: bool = False
+    span: int = 0
+    pre_rope: int = 0
 
     @property
     def name(self) -> str:
@@ -88,6 +94,8 @@ class Case:
             f"{self.layer.name}, S={self.block_size}, {self.requests}x{self.query_len} new, "
             f"{str(self.dtype).removeprefix('torch.')}{', causal' if self.causal else ''}"
             f"{', ranges' if self.ranges else ''}"
+            f"{f', span {self.span}' if self.span else ''}"
+            f"{f', {self.pre_rope} planes pre-RoPE' if self.pre_rope else ''}"
         )
 
 
@@ -168,6 +176,11 @@ def cases() -> list[Case]:
         Case(many),
         Case(LayerShape(32, 32, 128, 8, 8, modalities=2)),
         Case(LayerShape(16, 1, 256, 1, 8)),
+        Case(joint, span=1024),
+        Case(pairs, span=1024),
+        Case(single, span=64, pre_rope=10),
+        Case(pairs, span=64, pre_rope=10),
+        Case(joint, span=64, pre_rope=10),
     ]
     out += [Case(LayerShape(16, 4, size, 4, 8), dtype=torch.float16) for size in (64, 80, 96)]
     out += [Case(joint, block_size=16)]
@@ -176,16 +189,20 @@ def cases() -> list[Case]:
 
 
 @cache
-def _codec(layer: LayerShape, capability: int) -> LayerCodec:
+def _codec(layer: LayerShape, span: int, pre_rope: int, capability: int) -> LayerCodec:
     """One for each architecture: what a codec is prepared for, it stays prepared for."""
-    return layer.codec(torch.device("cpu"))
+    codec = layer.codec(torch.device("cpu"))
+    if span:
+        frequencies = 5e5 ** -torch.linspace(0, 1, layer.head_size // 2, dtype=torch.float64)
+        codec.anchors = Anchors(Rotary(frequencies), span, pre_rope)
+    return codec
 
 
 def launches(case: Case, capability: int) -> list[Launch]:
     """The kernels that one step of `case` launches on a GPU of that capability."""
     layer, device = case.layer, torch.device("cpu")
     tokens = case.requests * case.query_len
-    codec = _codec(layer, capability)
+    codec = _codec(layer, case.span, case.pre_rope, capability)
     cache = torch.empty(1, codec.layout.block_bytes(case.block_size), dtype=torch.uint8)
     table = torch.empty(case.requests, 1024, dtype=torch.int32)
     lens = torch.full((case.requests,), case.context, dtype=torch.int32)
@@ -202,7 +219,13 @@ def launches(case: Case, capability: int) -> list[Launch]:
     starts = torch.zeros_like(lens) if case.ranges else None
     with recording(Chip(_MULTIPROCESSORS, SHARED_LIMIT[capability], capability // 10)) as recorded:
         ops.store_kv(key, key, cache, slots, visual, codec, case.block_size)
-        absorbed = ops.absorb_query(query, codec, 1.0)
+        turns = None
+        if codec.anchors is not None:
+            anchors = torch.zeros(case.requests, -(-case.context // case.span), dtype=torch.int64)
+            rest = (batch, lens, table, case.block_size)
+            spans = StepSpans(ops, case.span, anchors, None, *rest)
+            turns = spans.turns(codec.anchors)[0]
+        absorbed = ops.absorb_query(query, codec, 1.0, turns)
         attended = ops.paged_attention(
             absorbed, cache, table, starts, lens, batch, codec, case.block_size, case.causal
         )

@@ -169,7 +169,7 @@ class StepSpans:
                 lambda key, request, first: self.turn_cached_keys(key, anchors, request, first),
             )
         merged: Part | None = None
-        for rows in self._causal_rows() if causal else self._rows:
+        for turns in self.turns(anchors, causal):
             part = attend_codes(
                 self.ops,
                 query,
@@ -182,14 +182,20 @@ class StepSpans:
                 self.block_size,
                 causal,
                 scale,
-                self._turns(rows, anchors),
+                turns,
             )
             merged = part if merged is None else self.ops.merge_attention(merged, part)
         assert merged is not None
         return merged
 
-    def _causal_rows(self) -> list[SpanRows]:
-        return self._derived.get("causal", lambda: span_rows(self.batch, self.size, causal=True))
+    def turns(self, anchors: Anchors, causal: bool = False) -> list[Turns]:
+        """Those of each call that the spans of the step take; see `attend`."""
+        rows = self._rows
+        if causal:
+            rows = self._derived.get(
+                "causal", lambda: span_rows(self.batch, self.size, causal=True)
+            )
+        return [self._turns(of_call, anchors) for of_call in rows]
 
     def _turns(self, rows: SpanRows, anchors: Anchors) -> Turns:
         def make() -> Turns:
