@@ -223,7 +223,8 @@ def launches(case: Case, capability: int) -> list[Launch]:
         if codec.anchors is not None:
             anchors = torch.zeros(case.requests, -(-case.context // case.span), dtype=torch.int64)
             rest = (batch, lens, table, case.block_size)
-            spans = StepSpans(ops, case.span, anchors, None, *rest)
+            kernels: Any = ops
+            spans = StepSpans(kernels, case.span, anchors, None, *rest)
             turns = spans.turns(codec.anchors)[0]
         absorbed = ops.absorb_query(query, codec, 1.0, turns)
         attended = ops.paged_attention(

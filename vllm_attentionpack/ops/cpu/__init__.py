@@ -4,7 +4,9 @@ The functions are those of `ops.reference`, which documents them; what `absorb_q
 `paged_attention`, and that to `up_project`, is in the kernels' own order (see `plan.py`).
 """
 
+import math
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -173,13 +175,33 @@ def absorb_query(
         query = query.contiguous()
     by_head = query.unflatten(1, (codec.layout.num_kv_heads, -1)).transpose(0, 1)
     groups = by_head.split(codec.layout.heads_per_group)  # [G, T, repeats, D] each
-    count = len(turns.cos) if turns else len(query)
-    latent = [
-        x.new_empty(x.shape[0], count, x.shape[2], width, dtype=torch.float32)
+    shapes = [
+        (x.shape[0], len(turns.cos) if turns else len(query), x.shape[2], width)
         for x, width in zip(groups, plan.query_widths, strict=True)
     ]
+    latent = _room.of(shapes) if turns else [torch.empty(shape) for shape in shapes]
     plan.absorb.into(latent, groups, scale, turns)
     return CpuQuery(latent, query.dtype, rows, own)
+
+
+class _Room(threading.local):
+    """Memory of this thread's turned queries, which are read before the next ones come.
+
+    Tens of megabytes that come anew from the system for every layer take longer than to fill them.
+    """
+
+    floats = torch.empty(0)
+
+    def of(self, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """float32 of these shapes, side by side."""
+        sizes = [math.prod(shape) for shape in shapes]
+        if len(self.floats) < sum(sizes):
+            self.floats = torch.empty(sum(sizes))
+        parts = self.floats[: sum(sizes)].split(sizes)
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+_room = _Room()
 
 
 def _own_queries(query: Tensor, pre_rope: PreRope, scale: float) -> list[Tensor]:
