@@ -15,6 +15,7 @@ from vllm_attentionpack.calibrate.settings import (
     DEFAULT_ANCHOR_SPAN,
     DEFAULT_SINKS,
     DEFAULT_WINDOW,
+    PRE_ROPE_ANCHOR_SPAN,
 )
 from vllm_attentionpack.errors import AttentionPackError, ConfigError
 
@@ -93,7 +94,7 @@ def calibrate(
     anchor_span: Annotated[
         int | None,
         typer.Option(
-            show_default=str(DEFAULT_ANCHOR_SPAN),
+            show_default=f"{DEFAULT_ANCHOR_SPAN}, or {PRE_ROPE_ANCHOR_SPAN} with --pre-rope",
             help="Tokens whose keys are coded relative to the first of them; 0 for as they come.",
         ),
     ] = None,

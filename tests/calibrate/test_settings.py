@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from vllm_attentionpack.calibrate.settings import (
+    DEFAULT_ANCHOR_SPAN,
+    PRE_ROPE_ANCHOR_SPAN,
     CalibrateSettings,
     make_settings,
     read_settings_file,
@@ -96,3 +98,14 @@ def test_engine_section_must_be_a_mapping(tmp_path: Path) -> None:
     result = command("calibrate", "--config", str(config))
     assert result.returncode == 2
     assert "'engine'" in result.stderr and "'fast'" in result.stderr
+
+
+def test_pre_rope_planes_want_anchors() -> None:
+    with pytest.raises(ConfigError, match="anchor_span is 0: give a span") as refused:
+        make_settings({"model": "m", "data": "d", "pre_rope": True, "anchor_span": 0}, "a test")
+    assert "'' is" not in str(refused.value)
+    spans = [
+        make_settings({"model": "m", "data": "d", **given}, "a test").span
+        for given in ({}, {"pre_rope": True}, {"pre_rope": True, "anchor_span": 256})
+    ]
+    assert spans == [DEFAULT_ANCHOR_SPAN, PRE_ROPE_ANCHOR_SPAN, 256]

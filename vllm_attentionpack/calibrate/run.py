@@ -154,7 +154,7 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
             max_context,
             modalities,
             llm.model_config.dtype,
-            settings.anchor_span,
+            settings.span,
             settings.pre_rope,
         ),
         collector.heads_per_group,

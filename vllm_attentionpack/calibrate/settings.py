@@ -5,15 +5,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from vllm_attentionpack.errors import ConfigError
 
 #: Measured (docs/log.md): the least that brings most of what exact tokens bring.
 DEFAULT_SINKS = 4
 DEFAULT_WINDOW = 64
-#: Likewise: spans of a quarter halve the loss of long averages once more, and the speed on CPUs.
-DEFAULT_ANCHOR_SPAN = 1024
+#: Likewise: spans of a quarter halve the loss of long averages once more, for a third more time of
+#: attention on CPUs. With planes coded pre-RoPE, of which longer spans have more.
+DEFAULT_ANCHOR_SPAN, PRE_ROPE_ANCHOR_SPAN = 1024, 64
 
 
 class CalibrateSettings(BaseModel):
@@ -37,7 +46,8 @@ class CalibrateSettings(BaseModel):
         anchor_span: tokens whose keys are coded relative to the position of the first of them
             (`codec.positions.Anchors`), so that their statistics are averaged over so many
             positions only. Shorter spans lose less and cost more arithmetic, none for contexts
-            within the first span. 0 codes keys as they come.
+            within the first span. 0 codes keys as they come; None takes `DEFAULT_ANCHOR_SPAN`, or
+            `PRE_ROPE_ANCHOR_SPAN` with `pre_rope`.
         pre_rope: code those planes of keys that RoPE turns far within a span as they were before
             it (`codec.positions.Anchors`). Loses several times less at the same bytes; reading
             rebuilds them, which costs arithmetic.
@@ -70,7 +80,7 @@ class CalibrateSettings(BaseModel):
     group_size: PositiveInt | Literal["auto"] = "auto"
     max_tokens: PositiveInt | None = None
     max_context: PositiveInt | None = None
-    anchor_span: int = Field(default=DEFAULT_ANCHOR_SPAN, ge=0)
+    anchor_span: int | None = Field(default=None, ge=0)
     pre_rope: bool = False
     seed: int = Field(default=0, ge=0, lt=2**32)
     modalities: Literal["auto", 1, 2] = "auto"
@@ -81,6 +91,22 @@ class CalibrateSettings(BaseModel):
     sinks: int = Field(default=DEFAULT_SINKS, ge=0)
     window: int = Field(default=DEFAULT_WINDOW, ge=0)
     engine: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _has_anchors(self) -> "CalibrateSettings":
+        if self.pre_rope and self.anchor_span == 0:
+            raise ValueError(
+                "pre_rope codes the other planes relative to anchors, and anchor_span is 0: give "
+                f"a span, such as {PRE_ROPE_ANCHOR_SPAN}"
+            )
+        return self
+
+    @property
+    def span(self) -> int:
+        """`anchor_span`, or its default."""
+        if self.anchor_span is not None:
+            return self.anchor_span
+        return PRE_ROPE_ANCHOR_SPAN if self.pre_rope else DEFAULT_ANCHOR_SPAN
 
     @property
     def validates(self) -> bool:
@@ -109,6 +135,8 @@ def make_settings(values: Mapping[str, Any], source: str) -> CalibrateSettings:
 
 
 def _problem(entry: Any) -> str:
+    if not entry["loc"]:  # of fields that do not go together
+        return str(entry["ctx"]["error"])
     key = ".".join(str(part) for part in entry["loc"])
     if entry["type"] == "missing":
         return f"'{key}' is missing"

@@ -4,6 +4,7 @@ Rows of codes alone and rows with exact tokens beside them are judged apart: on 
 exact tokens are most of the bytes.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,9 +53,10 @@ def goals(result: Mapping[str, Any]) -> list[Goal]:
         if codes == 8:
             name = f"KL at 8x{kind} <= {_TURBOQUANT} at {rows[_TURBOQUANT]['ratio']:.2f}x"
             found += _bounded(name, row, rows[_TURBOQUANT], 1.0)
-        if codes == 8 and kind.endswith("exact") and "ours 8x" in rows:
+        without = rows.get(_without_exact(row["name"]))
+        if codes == 8 and without not in (None, row):
             name = f"KL at 8x{kind} <= a third of that without"
-            found += _bounded(name, row, rows["ours 8x"], _EXACT_SHARE)
+            found += _bounded(name, row, without, _EXACT_SHARE)
         if codes == 4:
             name = f"KL at 4x{kind} <= 1.1 times {_INT8} at {rows[_INT8]['ratio']:.2f}x"
             found += _bounded(name, row, rows[_INT8], _INT8_SLACK)
@@ -80,6 +82,12 @@ def breaking_ratios(result: Mapping[str, Any]) -> dict[str, float | None]:
         )
         found[group] = next(broken, None)
     return found
+
+
+def _without_exact(name: str) -> str:
+    """The name of the same codec without exact tokens."""
+    bare = re.sub(r", \d+ \+ \d+ exact", "", name)
+    return bare.removesuffix(" codes")
 
 
 def _bounded(text: str, row: Row, other: Row, slack: float) -> Iterator[Goal]:
