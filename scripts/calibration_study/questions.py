@@ -16,7 +16,11 @@ from vllm_attentionpack.calibrate.assemble import KEY_PRICE, Assembler, LayerSta
 from vllm_attentionpack.calibrate.collector import Collector
 from vllm_attentionpack.calibrate.moments import MomentAccumulator
 from vllm_attentionpack.calibrate.rotary import rotary_of
-from vllm_attentionpack.calibrate.settings import DEFAULT_SINKS, DEFAULT_WINDOW
+from vllm_attentionpack.calibrate.settings import (
+    DEFAULT_SINKS,
+    DEFAULT_WINDOW,
+    PRE_ROPE_ANCHOR_SPAN,
+)
 from vllm_attentionpack.codec.layout import KINDS, Kind
 from vllm_attentionpack.codec.positions import Rotary
 from vllm_attentionpack.evaluate.data import Item, TextItem
@@ -271,20 +275,26 @@ def scales(study: Study) -> None:
 def rotation(study: Study) -> None:
     """7. Keys coded as they come or relative to anchors, alone and beside exact tokens.
 
-    A span of one position codes them un-rotated.
+    A span of one position codes them un-rotated; pre-RoPE are the planes that turn far within one.
     """
     setting = study.setting
     for kept in (ExactTokens(), ExactTokens(DEFAULT_SINKS, DEFAULT_WINDOW)):
         beside = f", {kept.sinks} + {kept.recent} exact" if kept else ""
-        for span in (0, *reversed(_SPANS)):
+        forms = [(span, False) for span in (0, *reversed(_SPANS))]
+        forms += [(span, True) for span in (1024, PRE_ROPE_ANCHOR_SPAN)]
+        for span, pre_rope in forms:
             if span >= study.max_context:
                 continue
             assembler = setting.assembler(
-                study.group_size, study.max_context, setting.modalities, span
+                study.group_size, study.max_context, setting.modalities, span, pre_rope
             )
             fitted = setting.priced(assembler, exact=kept, ratio=study.ratio)
             codec = study.codec(fitted, exact=kept)
-            name = _SPAN_NAMES.get(span, f"anchors every {span} tokens") + beside
+            name = _SPAN_NAMES.get(span, f"anchors every {span} tokens")
+            if pre_rope:
+                (planes,) = {anchors.pre_rope for anchors in assembler.anchors if anchors}
+                name += f", {planes} planes pre-RoPE"
+            name += beside
             gain = _key_gain(fitted)
             study.add("rotation", name, codec, span=span, exact=bool(kept), gain=gain)
 
