@@ -82,12 +82,16 @@ class AttentionPackMetadataBuilder(AttentionMetadataBuilder[AttentionPackMetadat
         self.pre_rope = state.pre_rope
         if self.pre_rope:
             tokens = vllm_config.model_config.max_model_len
+            self.most_positions = tokens + 2
             if vllm_config.model_config.uses_mrope:
                 self.positions = torch.zeros(requests, tokens, dtype=torch.int32, device=device)
+                # Frames of a video may lie further apart than they have tokens; vLLM's own table of
+                # M-RoPE angles allows for as much.
+                self.most_positions = 4 * tokens
             for name in layer_names:
                 anchors = state.codec(name).anchors
                 if anchors is not None:  # made now, not in a step that is captured
-                    anchors.rotary.table(tokens + 2)
+                    anchors.rotary.table(self.most_positions, anchors.pre_rope)
 
     @classmethod
     def get_cudagraph_support(
@@ -158,6 +162,7 @@ class AttentionPackMetadataBuilder(AttentionMetadataBuilder[AttentionPackMetadat
             positions = positions[:requests, :count]
             every = positions_every(1, count, requests, self.device)
             positions.copy_(torch.arange(count, device=self.device) if every is None else every)
+            positions.clamp_(max=self.most_positions - 1)
         return StepSpans(
             self.ops,
             self.span,

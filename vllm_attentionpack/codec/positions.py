@@ -74,12 +74,17 @@ class Rotary:
         angle = positions.double() * self.frequencies.to(positions.device)
         return angle.cos().float(), angle.sin().float()
 
-    def table(self, count: int) -> tuple[Tensor, Tensor]:
-        """`tables` of the positions from 0 on, `count` of them or more; made once and kept."""
-        kept = self.__dict__.get("_table")
+    @cached_property
+    def _kept(self) -> dict[int, tuple[Tensor, Tensor]]:
+        return {}
+
+    def table(self, count: int, planes: int) -> tuple[Tensor, Tensor]:
+        """`tables` of `count` or more positions from 0 on, first planes only; made once, kept."""
+        kept = self._kept.get(planes)
         if kept is None or len(kept[0]) < count:
-            kept = self.tables(torch.arange(count, device=self.frequencies.device))
-            self.__dict__["_table"] = kept
+            first = Rotary(self.frequencies[:planes])
+            kept = first.tables(torch.arange(count, device=self.frequencies.device))
+            self._kept[planes] = kept
         return kept
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:

@@ -343,8 +343,7 @@ class _Stretches:
             last = own.positions.shape[1] - 1
             positions = own.positions[requests[:, None], positions.clamp(max=last)]
         positions = positions.clamp(max=len(own.cos) - 1)  # of slots behind the last token
-        tables = own.cos[positions], own.sin[positions]
-        cos, sin = (table[:, :, None, : own.planes] for table in tables)
+        cos, sin = own.cos[positions][:, :, None], own.sin[positions][:, :, None]
         (a, b), query = own.of(keys), own.of(self.plain[self.segment.tokens])
         turned = a * cos - b * sin, b * cos + a * sin  # [b, n, G, F]
         both = [torch.einsum("bqgpf,bngf->bqgpn", q, k) for q, k in zip(query, turned, strict=True)]

@@ -208,8 +208,8 @@ class StepSpans:
 
     def _pre_rope(self, anchors: Anchors) -> PreRope:
         def make() -> PreRope:
-            # Positions are never beyond indices: images take up fewer than they have tokens.
-            tables = anchors.rotary.table(self.batch.max_seq_len + 1)
+            # Longer already where positions may be beyond indices (`attention.metadata`).
+            tables = anchors.rotary.table(self.batch.max_seq_len + 1, anchors.pre_rope)
             return PreRope(anchors, self.positions, *tables)
 
         return self._derived.get(("pre-RoPE", anchors), make)

@@ -62,8 +62,8 @@ class PreRope:
     Attributes:
         anchors: of the layer.
         positions: int32 `[B, L]`, of each request's tokens; None where they are their indices.
-        cos: float32 `[positions, P]`, of every position and all planes.
-        sin: float32 `[positions, P]`.
+        cos: float32 `[positions, F]`, of every position.
+        sin: float32 `[positions, F]`.
     """
 
     anchors: Anchors

@@ -75,8 +75,8 @@ def _attend(
         basis: per head group float32 `[M, G, 2, F, Rk]`, of the planes that are coded pre-RoPE;
             empty if there are none.
         mean: per head group float32 `[M, G, 2, F]`.
-        own: float32 queries `[T, Hq, 2, F]`, cosines and sines `[positions, F or more]`, and
-            int32 `[B, L]`, the positions of tokens, where they are not the tokens' indices.
+        own: float32 queries `[T, Hq, 2, F]`, cosines and sines `[positions, F]`, and int32
+            `[B, L]`, the positions of tokens, where they are not the tokens' indices.
 
     Returns:
         float32 `[G, T, repeats, width]` per head group, and last the log-sum-exp `[T, Hq]`.

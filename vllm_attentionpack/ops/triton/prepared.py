@@ -73,7 +73,7 @@ class Encoder:
 
 
 @dataclass(frozen=True)
-class OwnPlanes:
+class PreRopeBasis:
     """What rebuilds the planes of keys that are coded pre-RoPE, some KV heads in a pass.
 
     Attributes:
@@ -175,7 +175,7 @@ class Prepared:
         return self._mean("value").contiguous()
 
     @cached_property
-    def own(self) -> OwnPlanes | None:
+    def own(self) -> PreRopeBasis | None:
         """None if no plane is coded pre-RoPE."""
         anchors, layout = self.codec.anchors, self.codec.layout
         if anchors is None or not anchors.pre_rope:
@@ -199,7 +199,7 @@ class Prepared:
         basis = basis.unflatten(3, (self.codec.num_modalities, -1)).movedim(3, 1)
         mean = in_passes(self._mean("key")).movedim(3, 1)
         half = HalfBasis.of(basis.flatten(2, 4))
-        return OwnPlanes(
+        return PreRopeBasis(
             planes,
             heads,
             basis.shape[2],

@@ -31,7 +31,7 @@ def _turns(codec: LayerCodec, batch: QueryBatch, max_seq_len: int) -> list[Turns
     tables = anchors.rotary.tables(torch.zeros_like(rows.spans))
     if not anchors.pre_rope:
         return [None, Turns(rows, anchors.rotary, *tables)]
-    own = PreRope(anchors, None, *anchors.rotary.table(max_seq_len + 1))
+    own = PreRope(anchors, None, *anchors.rotary.table(max_seq_len + 1, anchors.pre_rope))
     return [Turns(rows, anchors.rotary, *tables, own)]
 
 

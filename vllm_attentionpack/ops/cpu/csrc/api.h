@@ -32,7 +32,7 @@ struct PreRope {
     const float* const* basis;  // per group [M, KV heads, 2, planes, Rk], in the order of the words
     const float* const* mean;   // per group [M, KV heads, 2, planes]
     const float* query;         // [T, Hq, 2, planes]
-    const float* cos;           // [positions, planes or more]
+    const float* cos;           // [positions, planes]
     const float* sin;
     const int32_t* positions;   // [B, tokens]; null: a token's index
 };

@@ -14,7 +14,7 @@
 
 #include "api.h"
 #include "kernels.h"
-#include "own.h"
+#include "pre_rope.h"
 #include "products.h"
 #include "queries.h"
 #include "softmax.h"
@@ -80,7 +80,7 @@ class Attention {
 
     static int64_t memory(const Attend& args, int64_t rows, int64_t rank) {
         return sizeof(Scratch) + 64 + args.modalities * Queries<A>::memory(rows, rank) +
-               OwnPlanes<A>::memory(args, rank);
+               PreRopeKeys<A>::memory(args, rank);
     }
 
   private:
@@ -406,7 +406,7 @@ class Attention {
     const Group& group_;
     Scratch* s_;
     Queries<A> queries_[2];
-    OwnPlanes<A> own_;
+    PreRopeKeys<A> own_;
     bool begun_[2] = {};
     int64_t lanes_;
     bool wide_weights_ = false;  // whether values need weights of more than 8 bits

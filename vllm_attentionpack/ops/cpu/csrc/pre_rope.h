@@ -14,7 +14,7 @@ namespace attentionpack {
 namespace {
 
 template <class A>
-class OwnPlanes {
+class PreRopeKeys {
   public:
     int64_t rows = 0;     // of the basis, those of all KV heads of the group
     Queries<A> basis[2];  // by modality
