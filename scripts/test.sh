@@ -55,7 +55,8 @@ run_sanitized() {
     [ -n "$library" ] || return 1
     LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
         ASAN_OPTIONS=detect_leaks=0 ATTENTIONPACK_CPU_LIBRARY=$library \
-        "$bin/python" -m pytest tests/ops/test_cpu*.py tests/ops/test_exact.py "${pytest_args[@]}"
+        "$bin/python" -m pytest tests/ops/test_cpu*.py tests/ops/test_exact.py tests/ops/test_spans.py \
+        "${pytest_args[@]}"
 }
 
 if $sanitize; then

@@ -45,6 +45,12 @@ print("differ by", len(wanted ^ {{row["key"] for row in rows}}))
 #: What breaks a rule as it stands (docs/gpu.md says why): kernel, layer, capability.
 KNOWN_FAULTS = {
     ("attend_kernel", "32/8x128 G=8 ratio 4", 90),
+    ("attend_kernel", "32/8x128 G=8 ratio 8", 90),
+    ("attend_kernel", "32/8x128 G=2 ratio 8", 80),
+    ("attend_kernel", "32/8x128 G=2 ratio 8", 90),
+    ("attend_kernel", "32/8x128 G=2 ratio 8", 100),
+    ("attend_kernel", "32/8x128 G=2 ratio 4", 90),
+    ("attend_kernel", "32/8x128 G=2 ratio 4", 100),
 }
 TABLE = Path(__file__).parents[2] / "docs" / "results" / "triton_compile.json"
 

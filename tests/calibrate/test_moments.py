@@ -161,3 +161,4 @@ def test_auto_group_size_divides_and_stays_below_1024_dims(
     heads: int, size: int, expected: int
 ) -> None:
     assert auto_group_size(heads, size) == expected
+    assert auto_group_size(heads, size, size) == 1

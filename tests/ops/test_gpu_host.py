@@ -16,6 +16,8 @@ pytest.importorskip("triton")
 from vllm_attentionpack import ops
 from vllm_attentionpack.bench.compile_table import recording
 from vllm_attentionpack.bench.shapes import LayerShape
+from vllm_attentionpack.codec.positions import Anchors, Rotary
+from vllm_attentionpack.errors import ConfigError
 from vllm_attentionpack.ops import QueryBatch, fresh_gpu
 from vllm_attentionpack.ops import triton as kernels
 from vllm_attentionpack.ops.triton import prepared
@@ -164,3 +166,11 @@ def test_what_is_prepared_for_a_codec_goes_with_it():
     del codec
     gc.collect()
     assert made() is None
+
+
+def test_pre_rope_planes_in_wide_groups_are_refused():
+    """What is rebuilt of them fits neither registers nor, on most chips, shared memory."""
+    codec = LayerShape(8, 4, 128, 4, 8).codec(META)
+    codec.anchors = Anchors(Rotary(torch.ones(64, dtype=torch.float64)), 64, 10)
+    with recording(H200), pytest.raises(ConfigError, match=r"512 dims(.|\n)*smaller --group-size"):
+        prepared.prepare(codec)

@@ -180,7 +180,7 @@ def cases() -> list[Case]:
         Case(pairs, span=1024),
         Case(single, span=64, pre_rope=10),
         Case(pairs, span=64, pre_rope=10),
-        Case(joint, span=64, pre_rope=10),
+        Case(LayerShape(32, 8, 128, 2, 4), span=64, pre_rope=10),
     ]
     out += [Case(LayerShape(16, 4, size, 4, 8), dtype=torch.float16) for size in (64, 80, 96)]
     out += [Case(joint, block_size=16)]

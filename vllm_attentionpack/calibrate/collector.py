@@ -18,6 +18,7 @@ from vllm_attentionpack.calibrate.assemble import LayerStatistics
 from vllm_attentionpack.calibrate.backend import RECORDER
 from vllm_attentionpack.calibrate.layers import AttentionSite, attention_sites, output_gram
 from vllm_attentionpack.calibrate.moments import (
+    MAX_AUTO_GROUP_DIMS,
     LayerMoments,
     MomentAccumulator,
     auto_group_size,
@@ -121,19 +122,22 @@ class Collector:
     heads_per_group: int
 
     @classmethod
-    def install(cls, model: nn.Module, group_size: int | str) -> "Collector":
+    def install(
+        cls, model: nn.Module, group_size: int | str, auto_dims: int = MAX_AUTO_GROUP_DIMS
+    ) -> "Collector":
         """Puts a recorder on every attention layer.
 
         Args:
             model: a loaded model whose layers use the statistics backend.
             group_size: `G`, or `auto`.
+            auto_dims: joint dims at most, with `auto`.
 
         Raises:
             UnsupportedModelError: see `attention_sites` and `rotary_of`.
             ConfigError: `group_size` does not divide the KV heads.
         """
         sites = attention_sites(model)
-        heads_per_group = _resolve_group_size(group_size, sites[0].layer)
+        heads_per_group = _resolve_group_size(group_size, sites[0].layer, auto_dims)
         watches: dict[int, tuple[Rotary, _PositionWatch]] = {}  # by id: layers share modules
         recorders = []
         for site in sites:
@@ -216,10 +220,10 @@ def _check_finite(layer_name: str, moments: LayerMoments) -> None:
         )
 
 
-def _resolve_group_size(group_size: int | str, layer: Attention) -> int:
+def _resolve_group_size(group_size: int | str, layer: Attention, auto_dims: int) -> int:
     heads = layer.num_kv_heads
     if group_size == "auto":
-        return auto_group_size(heads, layer.head_size)
+        return auto_group_size(heads, layer.head_size, auto_dims)
     allowed = [size for size in range(1, heads + 1) if heads % size == 0]
     if group_size not in allowed:
         raise ConfigError(

@@ -36,12 +36,12 @@ MAX_AUTO_GROUP_DIMS = 1024
 _MODALITIES = 2
 
 
-def auto_group_size(num_kv_heads: int, head_size: int) -> int:
-    """The largest divisor of `num_kv_heads` with at most `MAX_AUTO_GROUP_DIMS` joint dims."""
+def auto_group_size(num_kv_heads: int, head_size: int, most_dims: int = MAX_AUTO_GROUP_DIMS) -> int:
+    """The largest divisor of `num_kv_heads` with at most `most_dims` joint dims; 1 always may."""
     return max(
         size
         for size in range(1, num_kv_heads + 1)
-        if num_kv_heads % size == 0 and (size == 1 or size * head_size <= MAX_AUTO_GROUP_DIMS)
+        if num_kv_heads % size == 0 and (size == 1 or size * head_size <= most_dims)
     )
 
 

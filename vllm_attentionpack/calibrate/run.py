@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from vllm_attentionpack import __version__
 from vllm_attentionpack.calibrate.assemble import Budget, check_weights
 from vllm_attentionpack.calibrate.engine import Progress, feed, statistics_engine
+from vllm_attentionpack.calibrate.moments import MAX_AUTO_GROUP_DIMS
 from vllm_attentionpack.calibrate.settings import CalibrateSettings, make_settings
-from vllm_attentionpack.codec.positions import common_span
+from vllm_attentionpack.codec.positions import PRE_ROPE_GROUP_DIMS, common_span
 from vllm_attentionpack.errors import CalibrationDataError
 from vllm_attentionpack.evaluate.data import ChatItem, Dataset, Item, read_dataset
 from vllm_attentionpack.evaluate.simulate.codec import CacheShape, ExactTokens, PackCodec
@@ -114,7 +115,10 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
     held_out: tuple[Item, ...] = ()
     if settings.validates:
         fitted, held_out = split_items(dataset, settings.validation_share, settings.seed)
-    (collector,) = llm.apply_model(lambda model: Collector.install(model, settings.group_size))
+    dims = PRE_ROPE_GROUP_DIMS if settings.pre_rope else MAX_AUTO_GROUP_DIMS
+    (collector,) = llm.apply_model(
+        lambda model: Collector.install(model, settings.group_size, dims)
+    )
     found = _fingerprint(llm, collector)
     try:
         budget = Budget(

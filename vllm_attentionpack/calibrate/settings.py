@@ -39,7 +39,8 @@ class CalibrateSettings(BaseModel):
         output: where the pack is written; None keeps it in memory.
         group_size: KV heads coded jointly, a divisor of their number. More heads compress better,
             cost more arithmetic and allow fewer tensor-parallel ranks. `auto`: the largest with at
-            most `moments.MAX_AUTO_GROUP_DIMS` joint dims.
+            most `moments.MAX_AUTO_GROUP_DIMS` joint dims, or `positions.PRE_ROPE_GROUP_DIMS` with
+            `pre_rope`.
         max_tokens: stop after this many tokens; None uses all data.
         max_context: positions over which the statistics of keys and queries are averaged; None
             takes the engine's `max_model_len`.

@@ -24,6 +24,9 @@ from torch import Tensor
 
 #: Radians. Measured (docs/log.md): a smaller bound takes more planes and hardly gains.
 FAST_TURN = 8.0
+#: Joint dims of a head group, at most, where planes are coded pre-RoPE and GPUs are to serve: what
+#: is rebuilt of wider ones does not fit (docs/gpu.md).
+PRE_ROPE_GROUP_DIMS = 256
 
 
 @dataclass(frozen=True, eq=False)

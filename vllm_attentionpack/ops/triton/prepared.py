@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.codec.layout import KINDS, Kind
+from vllm_attentionpack.codec.positions import PRE_ROPE_GROUP_DIMS
 from vllm_attentionpack.codec.quantize import step_and_distortion
 from vllm_attentionpack.errors import ConfigError
 from vllm_attentionpack.ops.triton.chip import Chip, chip
@@ -108,6 +109,14 @@ class Prepared:
             raise ConfigError(
                 "the ops 'triton' read planes of 8, 4 and 2 bits; this pack holds 16-bit latents, "
                 "which exist for tests and debugging. Serve it with ops = 'reference'."
+            )
+        anchors, dims = self.codec.anchors, layout.heads_per_group * layout.head_size
+        if anchors is not None and anchors.pre_rope and dims > PRE_ROPE_GROUP_DIMS:
+            raise ConfigError(
+                f"a head group of this pack has {dims} dims, and planes of its keys are coded "
+                f"pre-RoPE, which the ops 'triton' read in groups of up to {PRE_ROPE_GROUP_DIMS}. "
+                "Calibrate with a smaller --group-size ('auto' fits) or without --pre-rope, or "
+                "serve with ops = 'reference'."
             )
         columns = self.tiles["value"].columns
         if columns * SMALLEST_ROWS > MAX_ACCUMULATORS:
