@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.ops.test_spans import case_of
 from tests.support.cases import random_codec
 from tests.support.paging import paged_batch
 from vllm_attentionpack.ops import cpu
@@ -28,14 +29,27 @@ def test_custom_ops_have_fakes(name):
     plan = cpu._plan(codec, torch.bfloat16)
     table = plan.table(16)
     if name == "cpu_attend":
-        # One token that meets three spans of 16.
-        absorbed = cpu.absorb_query(case.query.repeat(3, 1, 1), codec, 0.2)
-        args = (absorbed.latent, table, plan.widths, case.kv_cache, case.block_table, None)
-        args += (case.seq_lens, case.batch.query_start_loc, 16, 2, True, 8, 16, 3)
+        codec, case, steps = case_of(cpu, pre_rope=5)
+        (turns,) = steps.turns(codec.anchors)
+        absorbed = cpu.absorb_query(case.query, codec, 0.2, turns)
+        plan = cpu._plan(codec, torch.float32)
+        rows = [turns.rows.size, turns.rows.first, turns.rows.stop]
+        args = (absorbed.latent, plan.table(16), plan.widths, case.kv_cache, case.block_table, None)
+        args += (case.context_lens, case.batch.query_start_loc, 16, 2, False, 32)
+        args += (case.batch.num_tokens, turns.rows.row_starts, rows)
+        args += (plan.own_basis, plan.own_mean, absorbed.own)
     elif name == "cpu_project":
         packed = plan.absorb.maps[0]
         x, out = torch.randn(2, 3, 1, 32), torch.empty(2, 3, 1, packed.width)
-        args = ([x], torch.randn(32), [packed.matrix], [packed.scale], [packed.bounds], 0.5, [out])
+        args = ([x], torch.randn(32), [packed.matrix], [packed.scale], [packed.bounds], 0.5)
+        angles = torch.randn(3, 12)
+        args += (
+            torch.tensor([2, 0, 2], dtype=torch.int32),
+            angles.cos(),
+            angles.sin(),
+            True,
+            [out],
+        )
     elif name == "cpu_unpack":
         rank = codec.groups[0].key.rank
         args = (case.kv_cache, case.block_table[0], table[0, 0], rank, 40, 16, True)
