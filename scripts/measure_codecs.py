@@ -17,6 +17,7 @@ from pathlib import Path
 from calibration_study.options import simulation_parser, started
 from calibration_study.setting import drawn_items, store
 
+from vllm_attentionpack.calibrate.settings import PRE_ROPE_ANCHOR_SPAN
 from vllm_attentionpack.evaluate.baselines.catalogue import baselines
 from vllm_attentionpack.evaluate.simulate.capture import capture
 from vllm_attentionpack.evaluate.simulate.codec import ExactTokens, PackCodec
@@ -32,7 +33,7 @@ def main() -> int:
     parser.add_argument("--ratios", type=float, nargs="+", default=[4, 5, 6, 8, 10, 12, 16])
     parser.add_argument("--exact-ratios", type=float, nargs="+", default=[4, 6, 8, 10, 12, 16])
     parser.add_argument("--short-spans", type=int, nargs="*", default=[64, 16, 1])
-    parser.add_argument("--pre-rope-spans", type=int, nargs="*", default=[64])
+    parser.add_argument("--pre-rope-spans", type=int, nargs="*", default=[PRE_ROPE_ANCHOR_SPAN])
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--recent", type=int, default=64)
     options = parser.parse_args()

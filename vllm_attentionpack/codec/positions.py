@@ -118,14 +118,15 @@ class Rotary:
         wide = x.float()
         out = torch.empty_like(wide, memory_format=torch.contiguous_format)
         out[..., turning:] = wide[..., turning:]
-        (a, b), (out_a, out_b) = (self._planes(tensor[..., :turning]) for tensor in (wide, out))
+        (a, b), (out_a, out_b) = self.planes(wide), self.planes(out)
         # In place: temporaries of this size take ten times as long as the products.
         torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
         torch.mul(b, cos, out=out_b).addcmul_(a, sin)
         return out.to(x.dtype)
 
-    def _planes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of the first and the second dim of every plane that turns."""
+    def planes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Views `[..., P]` of the first and the second dim of every plane of heads `[..., D]`."""
+        x = x[..., : 2 * len(self.frequencies)]
         if self.interleaved:
             return x[..., 0::2], x[..., 1::2]
         first, second = x.chunk(2, dim=-1)
@@ -158,6 +159,11 @@ class Anchors:
 
     def to(self, device: torch.device) -> "Anchors":
         return replace(self, rotary=self.rotary.to(device))
+
+    def pre_rope_planes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Views `[..., F]` of the two dims of the planes that are coded pre-RoPE."""
+        first, second = self.rotary.planes(x)
+        return first[..., : self.pre_rope], second[..., : self.pre_rope]
 
     @property
     def drift(self) -> Rotary:

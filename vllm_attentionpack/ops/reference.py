@@ -20,9 +20,6 @@ from vllm_attentionpack.ops.exact import exact_attention as exact_attention
 from vllm_attentionpack.ops.fresh import merge_attention as merge_attention
 from vllm_attentionpack.ops.turns import SpanRows, Turns
 
-#: Whether `paged_attention` reads planes that are coded pre-RoPE (`turns.PreRope`).
-PRE_ROPE = True
-
 #: Bytes of float32 latents that one tile of context may unpack to.
 _TILE_BYTES = 1 << 25
 
@@ -344,7 +341,8 @@ class _Stretches:
             positions = own.positions[requests[:, None], positions.clamp(max=last)]
         positions = positions.clamp(max=len(own.cos) - 1)  # of slots behind the last token
         cos, sin = own.cos[positions][:, :, None], own.sin[positions][:, :, None]
-        (a, b), query = own.of(keys), own.of(self.plain[self.segment.tokens])
+        a, b = own.anchors.pre_rope_planes(keys)
+        query = own.anchors.pre_rope_planes(self.plain[self.segment.tokens])
         turned = a * cos - b * sin, b * cos + a * sin  # [b, n, G, F]
         both = [torch.einsum("bqgpf,bngf->bqgpn", q, k) for q, k in zip(query, turned, strict=True)]
         return (both[0] + both[1]).flatten(2, 3)

@@ -25,8 +25,6 @@ AUTO = "auto"
 class Ops(Protocol):
     """Compute on pages; `ops.reference`, `.exact`, `.fresh` document shapes, dtypes, meaning."""
 
-    PRE_ROPE: bool
-
     def unavailable(self, device: torch.device) -> str | None:
         """Why this implementation cannot run on `device` here; None if it can."""
 

@@ -6,6 +6,7 @@ keys and turning them to where they stood is less (`ops.rebuilt`).
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -80,9 +81,13 @@ class StepSpans:
         self.anchors, self.positions = anchors, positions
         self.context_lens, self.block_table, self.block_size = context_lens, block_table, block_size
         self._rebuilds = size <= MAX_REBUILT
-        # Here, not in the first layer: a graph must not capture copies from the host.
-        self._rows = [] if self._rebuilds else span_rows(batch, size, causal=False)
         self._derived = _Derived(anchors.device)
+        if anchors.device.type != "cpu" and not self._rebuilds:
+            _ = self._rows  # not in the first layer: a graph must not capture copies from the host
+
+    @cached_property
+    def _rows(self) -> list[SpanRows]:
+        return span_rows(self.batch, self.size, causal=False)
 
     def of(self, requests: Tensor, batch: QueryBatch) -> "StepSpans":
         """Those of some `requests` of the step, int64, with their tokens as `batch`."""
@@ -153,7 +158,7 @@ class StepSpans:
         """
         assert codec.anchors is not None
         anchors = codec.anchors
-        if self._rebuilds or (anchors.pre_rope and not self.ops.PRE_ROPE):
+        if self._rebuilds:
             return rebuilt_attention(
                 self.ops,
                 query,

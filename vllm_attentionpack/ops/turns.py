@@ -71,16 +71,6 @@ class PreRope:
     cos: Tensor
     sin: Tensor
 
-    @property
-    def planes(self) -> int:
-        """`F`."""
-        return self.anchors.pre_rope
-
-    def of(self, heads: Tensor) -> tuple[Tensor, Tensor]:
-        """The first and the second dims `[..., F]` of these planes of heads `[..., D]`."""
-        first, second = self.anchors.rotary.plane_dims(heads.shape[-1])
-        return heads[..., first[: self.planes]], heads[..., second[: self.planes]]
-
 
 @dataclass(frozen=True, eq=False)
 class Turns:
@@ -125,16 +115,16 @@ def span_rows(batch: QueryBatch, size: int, causal: bool) -> list[SpanRows]:
 
 def _cuts(lengths: np.ndarray, counts: np.ndarray) -> Iterator[int]:
     """Spans at which calls begin and end; at least one call."""
-    yield 0
-    taken = 0
     longest = max(1, int(counts.max(initial=0)))
-    for span in range(longest):
-        rows = int(lengths[counts > span].sum())
-        if taken and taken + rows > MAX_TURNED:
-            yield span
-            taken = 0
-        taken += rows
-    yield longest
+    # Rows of a span: the queries of the requests that reach it.
+    rows = np.bincount(counts, lengths, longest + 1)[:0:-1].cumsum()[::-1]
+    ends = rows.cumsum()
+    start = 0
+    yield start
+    while start < longest:
+        taken = ends[start] - rows[start]
+        start = max(start + 1, int(ends.searchsorted(taken + MAX_TURNED, side="right")))
+        yield start
 
 
 def _rows(batch: QueryBatch, size: int, first: int, stop: int, counts: np.ndarray) -> SpanRows:

@@ -27,9 +27,6 @@ from vllm_attentionpack.ops.turns import PreRope, SpanRows, Turns
 #: own dtype: floats, 16-bit integers, or 8-bit ones for the codes of 2 bits and 16-bit ones else.
 BITS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 8}
 
-#: See `ops.reference.PRE_ROPE`.
-PRE_ROPE = True
-
 #: Of models: the maps in and out may go by integers (see `maps.py`), whose error is well below that
 #: of these dtypes.
 PACKED = (torch.bfloat16,)
@@ -205,7 +202,7 @@ _room = _Room()
 
 
 def _own_queries(query: Tensor, pre_rope: PreRope, scale: float) -> list[Tensor]:
-    plain = torch.stack(pre_rope.of(query), 2).float() * scale
+    plain = torch.stack(pre_rope.anchors.pre_rope_planes(query), 2).float() * scale
     positions = [] if pre_rope.positions is None else [pre_rope.positions]
     return [plain, pre_rope.cos, pre_rope.sin, *positions]
 

@@ -94,7 +94,6 @@ def _attend(
         rebuilt = structures.PreRope(
             plain.shape[3],
             positions[0].stride(0) if positions else 0,
-            cos.stride(0),
             ctypes.cast(pointers(*(x.data_ptr() for x in basis)), structures.POINTER),
             ctypes.cast(pointers(*(x.data_ptr() for x in mean)), structures.POINTER),
             plain.data_ptr(),

@@ -190,14 +190,13 @@ def value_lanes(counts: PlaneCounts, lanes: int) -> list[int]:
 def _own_planes(codec: LayerCodec) -> tuple[list[Tensor], list[Tensor]]:
     if codec.anchors is None or not codec.anchors.pre_rope:
         return [], []
-    dims = codec.anchors.rotary.plane_dims(codec.layout.head_size)
-    first, second = (of[: codec.anchors.pre_rope] for of in dims)
+    planes = codec.anchors.pre_rope_planes
     bases, means = [], []
     for group, _ in codec.group_heads():
         decode, mean = _by_head(group.key, codec.layout)
         decode = decode[:, :, key_order(group.key.counts)]  # [G, M, R, D]
-        bases.append(torch.stack([decode[..., first], decode[..., second]], 2))
-        means.append(torch.stack([mean[..., first], mean[..., second]], 2))
+        bases.append(torch.stack(planes(decode), 2))
+        means.append(torch.stack(planes(mean), 2))
     return (
         [basis.permute(1, 0, 2, 4, 3).contiguous() for basis in bases],  # [M, G, 2, F, R]
         [mean.transpose(0, 1).contiguous() for mean in means],

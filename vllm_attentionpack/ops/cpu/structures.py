@@ -11,7 +11,7 @@ SIDE_FIELDS = 16
 
 class PreRope(ctypes.Structure):
     _fields_ = (
-        *((name, INT) for name in ("planes", "positions_stride", "table_stride")),
+        *((name, INT) for name in ("planes", "positions_stride")),
         *((name, POINTER) for name in ("basis", "mean", "query", "cos", "sin", "positions")),
     )
 

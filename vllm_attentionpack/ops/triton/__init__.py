@@ -22,11 +22,7 @@ from vllm_attentionpack.ops.triton.ops import (
 )
 from vllm_attentionpack.ops.triton.warmup import warm_up
 
-#: See `ops.reference.PRE_ROPE`.
-PRE_ROPE = True
-
 __all__ = [
-    "PRE_ROPE",
     "PackedLatent",
     "PackedQuery",
     "absorb_query",

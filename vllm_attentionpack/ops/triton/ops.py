@@ -210,7 +210,7 @@ def absorb_query(
 def _own_query(query: Tensor, prepared: Prepared, pre_rope: PreRope, scale: float) -> Tensor:
     own = prepared.own
     assert own is not None
-    plain = torch.stack(pre_rope.of(query), 2) * (scale * math.log2(math.e))
+    plain = torch.stack(pre_rope.anchors.pre_rope_planes(query), 2) * (scale * math.log2(math.e))
     plain = pad(plain, (0, own.planes - plain.shape[3])).half()
     return plain.unflatten(1, (len(prepared.codec.layout.groups), -1))
 

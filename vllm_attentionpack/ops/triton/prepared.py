@@ -193,11 +193,10 @@ class Prepared:
         planes = max(_SMALLEST_PLANES, power_of_two(anchors.pre_rope))
         heads = min(power_of_two(size), max(1, _PASS_COLUMNS // planes))
         planes = max(planes, SMALLEST_ROWS // heads)  # products are of 16 columns or more
-        dims = [of[: anchors.pre_rope] for of in anchors.rotary.plane_dims(layout.head_size)]
 
         def in_passes(x: Tensor) -> Tensor:
             """`[Hk, ..., D]` to `[groups, passes, 2, ..., heads * planes]`."""
-            x = torch.stack([x[..., of] for of in dims])  # [2, Hk, ..., F]
+            x = torch.stack(anchors.pre_rope_planes(x))  # [2, Hk, ..., F]
             x = pad(x, (0, planes - x.shape[-1])).movedim(1, -2)  # [2, ..., Hk, F]
             x = x.unflatten(-2, (-1, size))
             x = pad(x, (0, 0, 0, -size % heads)).unflatten(-2, (-1, heads)).flatten(-2)

@@ -27,8 +27,8 @@ struct Group {
 // Planes of keys that are coded pre-RoPE (`PreRope` of `turns.py`): the first `planes` of a head are
 // rebuilt and turned by the key's own position. Of a head, first dims come before second ones.
 struct PreRope {
-    int64_t planes;  // 0: none
-    int64_t positions_stride, table_stride;  // of a request, and of a position
+    int64_t planes;            // 0: none
+    int64_t positions_stride;  // of a request
     const float* const* basis;  // per group [M, KV heads, 2, planes, Rk], in the order of the words
     const float* const* mean;   // per group [M, KV heads, 2, planes]
     const float* query;         // [T, Hq, 2, planes]

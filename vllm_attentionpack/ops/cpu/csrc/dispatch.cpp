@@ -43,6 +43,7 @@ bool runs_here(const Kernels& kernels) {
 constexpr int64_t kShortest = 256;      // tokens of context that a piece is worth
 constexpr int64_t kPiecesPerThread = 4;  // so that threads end together
 constexpr int64_t kUsualRows = 32;
+constexpr int64_t kWhole = 128;          // tokens: pieces are of whole tiles
 
 // Memory that is kept between calls; begins with a cache line.
 struct Area {
@@ -124,14 +125,14 @@ Plan cut(const Attend& args) {
         const double wanted = double(unit.whole.rows) * double(length) / std::max(share, 1.0);
         int64_t count = std::min<int64_t>(int64_t(std::ceil(wanted - 0.5)), length / kShortest);
         count = std::max<int64_t>(count, 1);
-        const int64_t step = ((length + count - 1) / count + 127) / 128 * 128;
+        const int64_t step = ((length + count - 1) / count + kWhole - 1) / kWhole * kWhole;
         unit.first_piece = int64_t(plan.pieces.size());
         int64_t from = unit.whole.start;
         do {
             Piece piece = unit.whole;
             piece.start = from;
             // Whole spans, where they are whole tiles: what is left of one costs as much.
-            const int64_t end = args.span && step ? (from + step) / 128 * 128 : from + step;
+            const int64_t end = args.span && step ? (from + step) / kWhole * kWhole : from + step;
             piece.stop = std::min(unit.whole.stop, end);
             plan.pieces.push_back(piece);
             from = piece.stop;

@@ -26,7 +26,6 @@ class PreRopeKeys {
         rows = args.heads_per_group * 2 * planes_;
         if (!rows) return;
         pointers_ = take<const float*>(memory, args.modalities * rows);
-        zeros_ = take<const float*>(memory, rows);
         rebuilt = take<float>(memory, rows * kSub);
         cos_ = take<float>(memory, planes_ * kSub);
         sin_ = take<float>(memory, planes_ * kSub);
@@ -37,15 +36,13 @@ class PreRopeKeys {
     static int64_t memory(const Attend& args, int64_t rank) {
         const int64_t rows = args.heads_per_group * 2 * args.own.planes;
         if (!rows) return 0;
-        return rows * (8 * (args.modalities + 1) + 4 * kSub) + args.own.planes * 8 * kSub + 1024 +
+        return rows * (8 * args.modalities + 4 * kSub) + args.own.planes * 8 * kSub + 1024 +
                args.modalities * (Queries<A>::memory(rows, rank) + 8 * rows * 4 + 1024);
     }
 
     void prepare() {
         if (!rows) return;
-        static const float zero = 0;
         const Side& key = args_->groups[piece_->group].key;
-        std::fill_n(zeros_, rows, &zero);
         float most = 0;
         for (int64_t row = 0; row < piece_->rows; ++row) {
             const float* query = query_of(row);
@@ -57,7 +54,7 @@ class PreRopeKeys {
             const float** pointers = pointers_ + m * rows;
             for (int64_t r = 0; r < rows; ++r)
                 pointers[r] = args_->own.basis[piece_->group] + (m * rows + r) * key.rank;
-            basis[m].prepare(key, pointers, zeros_, rows);
+            basis[m].prepare(key, pointers, nullptr, rows);
             basis[m].limit_reach(std::sqrt(most));
         }
     }
@@ -98,7 +95,7 @@ class PreRopeKeys {
             at[t] = known ? known[token] : token;
         }
         for (int t = 0; t < count; ++t) {
-            const float *cos = own.cos + at[t] * own.table_stride, *sin = own.sin + at[t] * own.table_stride;
+            const float *cos = own.cos + at[t] * planes_, *sin = own.sin + at[t] * planes_;
             for (int64_t p = 0; p < planes_; ++p)
                 cos_[p * kSub + t] = cos[p], sin_[p * kSub + t] = sin[p];
         }
@@ -126,7 +123,7 @@ class PreRopeKeys {
     const Attend* args_;
     const Piece* piece_;
     int64_t planes_ = 0;
-    const float **pointers_, **zeros_;
+    const float** pointers_;  // [M][rows]
     float *cos_, *sin_;  // [planes][kSub]
 };
 

@@ -88,9 +88,9 @@ class Queries {
     }
 
     // `rows` point to the latent queries, in the order of the keys' words, and stay valid; `means` to the
-    // logits of the mean keys. Planes that may meet quads get no wide numbers before `widen`.
+    // logits of the mean keys, null for none. Planes that may meet quads get no wide numbers before `widen`.
     void prepare(const Side& key, const float* const* rows, const float* const* means, int64_t count) {
-        for (int64_t row = 0; row < count; ++row) mean_logit[row] = *means[row] * kLog2E;
+        for (int64_t row = 0; row < count; ++row) mean_logit[row] = means ? *means[row] * kLog2E : 0;
         rows_ = rows, count_ = count;
         int64_t segment = 0, dim = 0;
         for_segments<A>(key, [&](const Plane& plane, int64_t, int64_t words) {
