@@ -18,6 +18,7 @@ from calibration_study.options import simulation_parser, started
 from calibration_study.setting import drawn_items, store
 
 from vllm_attentionpack.calibrate.settings import PRE_ROPE_ANCHOR_SPAN
+from vllm_attentionpack.codec.positions import PRE_ROPE_GROUP_DIMS
 from vllm_attentionpack.evaluate.baselines.catalogue import baselines
 from vllm_attentionpack.evaluate.simulate.capture import capture
 from vllm_attentionpack.evaluate.simulate.codec import ExactTokens, PackCodec
@@ -74,8 +75,9 @@ def main() -> int:
         forms = [(span, False) for span in options.short_spans]
         forms += [(span, True) for span in options.pre_rope_spans]
         for span, pre_rope in forms:
+            most = PRE_ROPE_GROUP_DIMS // setting.shape.head_size if pre_rope else None
             assembler = setting.assembler(
-                max(setting.group_sizes),
+                max(size for size in setting.group_sizes if not most or size <= most),
                 options.max_context,
                 anchor_span=span,
                 pre_rope=pre_rope,

@@ -69,7 +69,9 @@ def test_ours_computes_attention():
     assert torch.isfinite(out).all() and out.abs().max() > 0
     layout = synthetic_layout(4, 4, cpu_ops.HEAD_SIZE, 4)
     assert cache_bytes == 2 * 2048 * layout.bytes_per_token
-    assert macs == 2 * 2048 * 8 * (layout.groups[0].key.rank + layout.groups[0].value.rank)
+    assert macs == 2 * 2048 * 8 * (
+        layout.groups[0].key.num_columns + layout.groups[0].value.num_columns
+    )
 
 
 def test_the_engine_setup_holds_its_batch_densely():

@@ -37,7 +37,7 @@ def test_codes_take_the_bytes_of_the_layout():
 def test_every_query_head_meets_the_ranks_of_its_own_group_only():
     joint, apart = (decode(LayerShape(32, 8, 128, group, 8), 1, 1000)[1].flops for group in (8, 1))
     layout = LLAMA.layout()
-    ranks = layout.groups[0].key.rank + layout.groups[0].value.rank
+    ranks = layout.groups[0].key.num_columns + layout.groups[0].value.num_columns
     assert joint == 1000 * 2 * 32 * ranks
     assert apart < joint / 4
 

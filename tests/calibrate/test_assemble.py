@@ -68,8 +68,8 @@ def test_budget_is_met_and_nearly_used(ratio: float, modalities: int) -> None:
         assert len(header.groups) == N
         for group, bases, variance in zip(header.groups, pack.bases, pack.variance, strict=True):
             for kind in ("key", "value"):
-                rank = getattr(group, kind).counts().rank
-                assert bases[kind].encode.shape == (modalities, G * D, rank)
+                columns = getattr(group, kind).counts().num_columns
+                assert bases[kind].encode.shape == (modalities, G * D, columns)
                 assert bases[kind].encode.dtype == torch.float32
                 assert variance[kind].shape == (modalities, G * D)
 

@@ -13,7 +13,7 @@ from vllm_attentionpack.codec.allocate import (
     fill,
     unit_curve,
 )
-from vllm_attentionpack.codec.layout import PLANE_QUANTUM
+from vllm_attentionpack.codec.layout import PLANE_QUANTUM, PlaneCounts
 from vllm_attentionpack.codec.quantize import step_and_distortion
 from vllm_attentionpack.errors import BudgetError
 
@@ -23,29 +23,35 @@ def spectrum(dims, decay, scale=1.0):
 
 
 def distortion(variance, counts):
-    d = [step_and_distortion(b)[1] for b in counts.bits_per_dim]
+    d = [step_and_distortion(b)[1] for b, n in counts.dims_by_bits.items() for _ in range(n)]
     d += [1.0] * (len(variance) - counts.rank)
     return float((variance * np.asarray(d)).sum())
 
 
-def test_curve_is_the_best_split_of_every_number_of_quanta():
-    variance = spectrum(32, 0.2)
+@pytest.mark.parametrize("decay", [0.2, 0.5, 1.5])
+def test_curve_is_the_best_split_of_every_number_of_quanta(decay):
+    variance = spectrum(32, decay)
     curve = unit_curve(variance)
     assert curve.max_quanta == 8
     assert curve.distortion[0] == pytest.approx(variance.sum())
     for quanta, counts in enumerate(curve.choices):
         assert counts.bytes_per_token <= quanta * PLANE_QUANTUM
         assert curve.distortion[quanta] == pytest.approx(distortion(variance, counts))
-        splits = [
-            (a, b, c)
-            for a, b, c in itertools.product(range(9), range(5), range(3))
-            if a + b + c == quanta and 4 * a + 8 * b + 16 * c <= 32
-        ]
         best = min(
-            distortion(variance, type(counts)(n8=4 * a, n4=8 * b, n2=16 * c)) for a, b, c in splits
+            distortion(
+                variance,
+                PlaneCounts(8 * a + 16 * b + 4 * c, 8 * (a + d), 16 * (b + e), 0, 8 * a, 16 * b),
+            )
+            for a, b, c, d, e in itertools.product(range(5), range(3), range(9), range(5), range(3))
+            if 3 * a + 5 * b + c + d + e <= quanta and 8 * a + 16 * b + 4 * c + 8 * d + 16 * e <= 32
         )
         assert curve.distortion[quanta] == pytest.approx(best)
     assert (np.diff(curve.distortion) <= 1e-12).all()
+
+
+def test_steep_spectra_get_pairs():
+    assert unit_curve(spectrum(64, 0.5)).choices[10].n12
+    assert not unit_curve(spectrum(64, 0.05)).choices[10].pairs
 
 
 def test_fill_spends_where_it_pays():

@@ -33,7 +33,7 @@ def test_planes_tile_the_block_without_overlap_or_gap(groups, block_size, paddin
     assert offset == block_size * content
     assert layout.block_bytes(block_size) == offset + padding * block_size
     coded = sum(p.dims for p in layout.planes(block_size) if p.bits)
-    assert coded == sum(g.key.rank + g.value.rank for g in groups)
+    assert coded == sum(g.key.num_columns + g.value.num_columns for g in groups)
 
 
 def test_ratio_counts_scales_and_padding():
@@ -50,6 +50,29 @@ def test_ratio_counts_scales_and_padding():
 def test_planes_that_are_not_whole_words_are_refused(arguments):
     with pytest.raises(ValueError, match="multiple of"):
         PlaneCounts(**arguments)
+
+
+def test_columns_of_pairs():
+    """High parts first in the plane of 8 bits, low parts last in theirs, dims in one order."""
+    counts = PlaneCounts(n8=8, n4=16, n2=16, n12=3, n10=2)
+    assert (counts.num_columns, counts.rank) == (40, 35)
+    assert counts.dims_by_bits == {12: 3, 10: 2, 8: 3, 4: 13, 2: 14}
+    columns = counts.columns
+    assert [c.bits for c in columns] == [8] * 8 + [4] * 16 + [2] * 16
+    assert [c.dim for c in columns[:8]] == list(range(8))
+    assert [c.dim for c in columns[8:24]] == [*range(8, 21), 0, 1, 2]
+    assert [c.dim for c in columns[24:]] == [*range(21, 35), 3, 4]
+    assert [(c.code_bits, c.shift) for c in columns[:6]] == [(12, 4)] * 3 + [(10, 2)] * 2 + [(8, 0)]
+    assert {c.dim for c in columns if c.low} == set(range(5))
+    for dim in range(5):
+        parts = [c for c in columns if c.dim == dim]
+        assert sum(c.bits for c in parts) == parts[0].code_bits
+
+
+@pytest.mark.parametrize("pairs", [{"n12": 9}, {"n12": 4, "n10": 5}, {"n10": -1}, {"n8": 0}])
+def test_pairs_without_their_parts_are_refused(pairs):
+    with pytest.raises(ValueError, match="of 10 want as many codes of 8"):
+        PlaneCounts(**{"n8": 8, "n4": 8, "n2": 16, "n12": 4} | pairs)
 
 
 def test_sixteen_bit_planes_stand_alone():

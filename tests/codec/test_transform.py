@@ -33,17 +33,27 @@ def test_full_rank_at_eight_bits_reconstructs_to_quantisation_error():
 
 
 @pytest.mark.parametrize(
-    "counts", [PlaneCounts(n2=64), PlaneCounts(n8=8, n4=16, n2=32), PlaneCounts(n4=32)]
+    "counts",
+    [
+        PlaneCounts(n2=64),
+        PlaneCounts(n8=8, n4=16, n2=32),
+        PlaneCounts(n4=32),
+        PlaneCounts(n8=64, n4=40, n2=16, n12=40, n10=16),
+    ],
 )
 def test_measured_distortion_is_what_the_spectrum_predicts(counts):
-    """`sum variance_i * d(bits_i)`, in the metric; per-token scales gain or lose a little."""
+    """`sum variance_i * d(bits_i)`, in the metric; per-token scales gain or lose a little.
+
+    Codes of many bits gain more: the scale that just fits a token leaves out the tails.
+    """
     generator = torch.Generator().manual_seed(1)
     data = gaussian(TOKENS, DIMS, 0.08, generator)
     metric = torch.stack([spd(DIMS // 2, generator) for _ in range(2)])
     second, mean = moments(data[None])
     principal = principal_basis(second, mean, torch.tensor([TOKENS]), metric, 1e-9)
     distortion = torch.tensor(
-        [step_and_distortion(b)[1] for b in counts.bits_per_dim] + [1.0] * (DIMS - counts.rank)
+        [step_and_distortion(b)[1] for b, n in counts.dims_by_bits.items() for _ in range(n)]
+        + [1.0] * (DIMS - counts.rank)
     )
     predicted = (principal.spectrum * distortion).sum().item()
 
@@ -52,7 +62,7 @@ def test_measured_distortion_is_what_the_spectrum_predicts(counts):
     error = codec.reconstruct(codes, scale, torch.zeros(TOKENS, dtype=torch.bool)).double() - data
     halves = error.unflatten(1, (2, -1))
     measured = torch.einsum("thi,hij,thj->t", halves, metric, halves).mean().item()
-    assert 0.75 * predicted < measured < 1.25 * predicted
+    assert (0.35 if counts.pairs else 0.75) * predicted < measured < 1.25 * predicted
 
 
 def test_planted_low_rank_is_found():

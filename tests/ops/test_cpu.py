@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.support.cases import random_codec
-from tests.support.cpu import DTYPES, LAYOUTS, planes_of, threads
+from tests.support.cpu import DTYPES, LAYOUTS, threads
 from tests.support.oracle import attend
 from tests.support.paging import PagedBatch, attend_codes, paged_batch
 from vllm_attentionpack.codec.codec import LayerCodec, identity_codec
@@ -53,7 +53,7 @@ def test_attention_in_every_shape(isa, shape, dtype, causal):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_attention_in_every_layout(isa, layout, dtype):
-    codec = random_codec(2, 2, 32, 2, *planes_of(layout))
+    codec = random_codec(2, 2, 32, 2, *LAYOUTS[layout])
     case = paged_batch(codec, 4, CONTEXTS, FRESH, 32)
     check(codec, case, dtype)
 

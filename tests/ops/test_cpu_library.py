@@ -51,7 +51,7 @@ def test_custom_ops_have_fakes(name):
             [out],
         )
     elif name == "cpu_unpack":
-        rank = codec.groups[0].key.rank
+        rank = codec.layout.groups[0].key.num_columns
         args = (case.kv_cache, case.block_table[0], table[0, 0], rank, 40, 16, True)
     elif name == "cpu_exact":
         pages, slots = torch.randn(5, 8, 2, 2, 32), torch.arange(6)[None]

@@ -17,12 +17,12 @@ from vllm_attentionpack.ops.cpu.plan import key_order, plan_of, value_lanes, val
 def test_orders_hold_every_dim_once():
     for n8, n4, n2 in ((4, 8, 16), (36, 24, 48), (0, 0, 16), (20, 0, 0)):
         counts = PlaneCounts(n8=n8, n4=n4, n2=n2)
-        assert sorted(key_order(counts).tolist()) == list(range(counts.rank))
+        assert sorted(key_order(counts).tolist()) == list(range(counts.num_columns))
         for lanes in (8, 16):
             order = value_order(counts, lanes)
             assert len(order) % lanes == 0
             assert len(order) == sum(value_lanes(counts, lanes))
-            assert sorted(order[order >= 0].tolist()) == list(range(counts.rank))
+            assert sorted(order[order >= 0].tolist()) == list(range(counts.num_columns))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

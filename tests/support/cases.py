@@ -6,6 +6,7 @@ from torch import Tensor
 from vllm_attentionpack.codec.codec import Basis, LayerCodec
 from vllm_attentionpack.codec.layout import KINDS, GroupLayout, Kind, LayerLayout, PlaneCounts
 from vllm_attentionpack.codec.transform import principal_basis
+from vllm_attentionpack.ops import reference
 
 
 def gaussian(tokens: int, dims: int, decay: float, generator: torch.Generator) -> Tensor:
@@ -59,3 +60,35 @@ def random_codec(
     groups = tuple(GroupLayout(key, value) for _ in bases)
     size = sum(group.bytes_per_token for group in groups) + padding
     return LayerCodec(LayerLayout(groups, heads_per_group, head_size, size), bases)
+
+
+def latent_errors(
+    codec: LayerCodec,
+    kind: Kind,
+    tokens: Tensor,
+    slots: Tensor,
+    visual: Tensor | None,
+    cache: Tensor,
+    block_size: int,
+) -> dict[int, float]:
+    """Energy of what the codes of the first head group are off, by width of the whole codes."""
+    planes = reference._planes_by_owner(codec.layout, block_size)[0, kind]
+    plane_codec = getattr(codec.groups[0], kind)
+    pages = reference._Pages(cache, torch.arange(len(cache))[None], block_size)
+    read, _ = pages.read(torch.arange(len(cache))[None], (plane_codec, planes))
+    kept = slots >= 0
+    head_dims = plane_codec.basis.mean.shape[1]
+    x = tokens.flatten(1)[kept, :head_dims].float()
+    basis, which = plane_codec.basis, torch.zeros(len(x), dtype=torch.long)
+    if visual is not None and codec.num_modalities == 2:
+        which = visual[kept].long()
+    exact = torch.einsum("td,tdr->tr", x - basis.mean[which], basis.encode[which])
+    columns = plane_codec.counts.columns
+    first = [i for i, column in enumerate(columns) if not column.low]
+    dims = torch.tensor([column.dim for column in columns])
+    parts = read[0, slots[kept]] * torch.exp2(plane_codec.shift)
+    whole = torch.zeros(len(x), len(first)).index_add(1, dims, parts)
+    order = dims[first].argsort()
+    off = (whole - exact[:, first][:, order]).square().sum(0)
+    bits = torch.tensor([columns[i].code_bits for i in first])[order]
+    return {int(b): off[bits == b].sum().item() for b in bits.unique()}

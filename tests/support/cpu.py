@@ -13,20 +13,20 @@ INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "avx512_vnni")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# Plane counts (8, 4, 2 bits) of K and of V; every mix that the allocator can emit, and odd sizes.
+# Plane counts of K and of V; every mix that the allocator can emit, and odd sizes.
 LAYOUTS = {
-    "mixed": ((8, 8, 16), (4, 16, 16)),
-    "no 8": ((0, 24, 16), (0, 8, 48)),
-    "8 alone": ((36, 0, 0), (4, 0, 0)),
-    "4 alone": ((0, 8, 0), (0, 40, 0)),
-    "2 alone": ((0, 0, 64), (0, 0, 16)),
-    "all dims": ((32, 16, 16), (4, 8, 48)),
+    "mixed": (PlaneCounts(n8=8, n4=8, n2=16), PlaneCounts(n8=4, n4=16, n2=16)),
+    "no 8": (PlaneCounts(n4=24, n2=16), PlaneCounts(n4=8, n2=48)),
+    "8 alone": (PlaneCounts(n8=36), PlaneCounts(n8=4)),
+    "4 alone": (PlaneCounts(n4=8), PlaneCounts(n4=40)),
+    "2 alone": (PlaneCounts(n2=64), PlaneCounts(n2=16)),
+    "all dims": (PlaneCounts(n8=32, n4=16, n2=16), PlaneCounts(n8=4, n4=8, n2=48)),
+    "pairs": (
+        PlaneCounts(n8=28, n4=16, n2=32, n12=8, n10=16),
+        PlaneCounts(n8=16, n4=8, n2=16, n12=5),
+    ),
+    "pairs alone": (PlaneCounts(n8=8, n4=8, n12=8), PlaneCounts(n8=16, n2=16, n10=16)),
 }
-
-
-def planes_of(name: str) -> tuple[PlaneCounts, PlaneCounts]:
-    key, value = (PlaneCounts(n8=n8, n4=n4, n2=n2) for n8, n4, n2 in LAYOUTS[name])
-    return key, value
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def _our_decode(case: Case) -> tuple[Callable[[], Tensor], int, int]:
 
     groups = codec.layout.groups
     heads_per_group = case.heads // len(groups)
-    per_token = sum(heads_per_group * (g.key.rank + g.value.rank) for g in groups)
+    per_token = sum(heads_per_group * (g.key.num_columns + g.value.num_columns) for g in groups)
     return run, cache.numel(), case.batch * case.context * per_token
 
 
@@ -193,7 +193,8 @@ def _store_row(case: Case, repeats: int) -> Row:
         repeats,
     )
     macs = case.context * sum(
-        case.group * HEAD_SIZE * (g.key.rank + g.value.rank) for g in codec.layout.groups
+        case.group * HEAD_SIZE * (g.key.num_columns + g.value.num_columns)
+        for g in codec.layout.groups
     )
     dense_macs = case.context**2 * case.heads * HEAD_SIZE  # half of the square, keys and values
     moved = (key.numel() + value.numel()) * 2

@@ -75,7 +75,8 @@ def decode(layer: LayerShape, requests: int, context: int, query_len: int = 1) -
     layout = layer.layout()
     tokens = requests * query_len
     key_rank, value_rank = (
-        sum(getattr(group, kind).rank for group in layout.groups) for kind in ("key", "value")
+        sum(getattr(group, kind).num_columns for group in layout.groups)
+        for kind in ("key", "value")
     )
     # Every query head meets the ranks of its own head group only.
     heads = layer.query_heads / len(layout.groups)
@@ -107,7 +108,7 @@ def store(layer: LayerShape, tokens: int) -> Work:
     """Encoding of new tokens, K and V."""
     layout = layer.layout()
     dims = layer.heads_per_group * layer.head_size
-    rank = sum(group.key.rank + group.value.rank for group in layout.groups)
+    rank = sum(group.key.num_columns + group.value.num_columns for group in layout.groups)
     return Work(
         "store_kv",
         tokens * (layout.dense_bytes_per_token + layout.bytes_per_token)

@@ -17,7 +17,7 @@ from vllm_attentionpack.codec.layout import (
     LayerLayout,
     PlaneCounts,
 )
-from vllm_attentionpack.codec.quantize import step_and_distortion
+from vllm_attentionpack.codec.transform import PrincipalBasis
 
 #: How fast variances fall over the dims of a head group: the last is `exp(-SPREAD)` of the first.
 SPREAD = 6.0
@@ -92,8 +92,6 @@ class LayerShape:
 def _random_basis(
     dims: int, counts: PlaneCounts, modalities: int, device: torch.device, seed: int
 ) -> Basis:
-    rank = counts.rank
-    steps = torch.tensor([step_and_distortion(b)[0] for b in counts.bits_per_dim], device=device)
     generator = torch.Generator(device="cpu").manual_seed(seed)
     turns = []
     for _ in range(modalities):
@@ -103,11 +101,14 @@ def _random_basis(
             v = torch.randn(dims, generator=generator).to(device)
             v = v / v.norm()
             turn = turn - 2 * turn @ v[:, None] * v
-        turns.append(turn[:, :rank])
-    turn = torch.stack(turns)  # [M, GD, R]
-    return Basis(
+        turns.append(turn)
+    one = torch.eye(dims, dtype=torch.float64, device=device)[None]
+    basis = PrincipalBasis(
         mean=torch.zeros(modalities, dims, device=device),
-        encode=turn / steps,
-        decode=(turn * steps).mT.contiguous(),
-        weight=steps.square().expand(modalities, rank).contiguous(),
+        vectors=torch.stack(turns),
+        root=one,
+        inverse=one,
+        variance=torch.ones(modalities, dims, dtype=torch.float64, device=device),
+        share=torch.full((modalities,), 1 / modalities, device=device),
     )
+    return basis.truncate(counts)

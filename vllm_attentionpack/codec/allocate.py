@@ -2,15 +2,16 @@
 
 A *unit* is one (layer, head group, K|V). Spending `n` quanta of `PLANE_QUANTUM` bytes per token on
 a unit leaves the distortion `D(n) = min sum_i variance_i * d(bits_i)` over all splits of the quanta
-into planes; dims come in falling variance, so a split is three numbers. `D` is tabulated once per
-unit. Quanta then go, one convex segment at a time, to the unit whose weighted distortion falls
-most per quantum, which is what equal slopes (reverse water-filling, Cover & Thomas, ch. 10.3)
-mean for discrete choices.
+into codes of 12, 10, 8, 4 and 2 bits; dims come in falling variance, so a split is five numbers,
+and `D` is tabulated once per unit by dynamic programming. Quanta then go, one convex segment at a
+time, to the unit whose weighted distortion falls most per quantum, which is what equal slopes
+(reverse water-filling, Cover & Thomas, ch. 10.3) mean for discrete choices.
 """
 
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,23 @@ from vllm_attentionpack.errors import BudgetError
 MAX_PAGE_SIZE_CLASSES = 4
 
 _DIMS_PER_QUANTUM = {bits: 8 * PLANE_QUANTUM // bits for bits in (8, 4, 2)}
+
+
+class _Step(NamedTuple):
+    """The fewest dims that can have codes of so many bits, and the quanta that they take."""
+
+    bits: int
+    dims: int
+    quanta: int
+
+
+_STEPS = (
+    _Step(12, _DIMS_PER_QUANTUM[4], _DIMS_PER_QUANTUM[4] // _DIMS_PER_QUANTUM[8] + 1),
+    _Step(10, _DIMS_PER_QUANTUM[2], _DIMS_PER_QUANTUM[2] // _DIMS_PER_QUANTUM[8] + 1),
+    *(_Step(bits, dims, 1) for bits, dims in _DIMS_PER_QUANTUM.items()),
+)
+#: What the dims of every step are multiples of.
+_GRAIN = _DIMS_PER_QUANTUM[8]
 
 
 @dataclass(frozen=True)
@@ -56,35 +74,39 @@ def unit_curve(variance: np.ndarray) -> UnitCurve:
     Args:
         variance: float64 `[GD]`, falling: what dropping each latent dim costs.
     """
-    dims = len(variance)
-    # mass[k] = variance of the first k dims
-    mass = np.concatenate([[0.0], np.cumsum(variance)])
-    d8, d4, d2 = (step_and_distortion(bits)[1] for bits in (8, 4, 2))
-    n8 = np.arange(0, dims + 1, _DIMS_PER_QUANTUM[8])[:, None, None]
-    n4 = np.arange(0, dims + 1, _DIMS_PER_QUANTUM[4])[None, :, None]
-    n2 = np.arange(0, dims + 1, _DIMS_PER_QUANTUM[2])[None, None, :]
-    total = n8 + n4 + n2
-    clipped = np.minimum(total, dims)
-    distortion = (
-        d8 * mass[n8]
-        + d4 * (mass[np.minimum(n8 + n4, dims)] - mass[n8])
-        + d2 * (mass[clipped] - mass[np.minimum(n8 + n4, dims)])
-        + (mass[dims] - mass[clipped])
-    )
-    distortion = np.where(total <= dims, distortion, np.inf)
-    quanta = n8 // _DIMS_PER_QUANTUM[8] + n4 // _DIMS_PER_QUANTUM[4] + n2 // _DIMS_PER_QUANTUM[2]
-    quanta = np.broadcast_to(quanta, distortion.shape)
+    if not variance.any():  # nothing to lose, and no rank is zero all the same
+        return unit_curve(np.ones_like(variance)).priced(0.0)
+    dims = len(variance) // _GRAIN * _GRAIN
+    tail = np.append(np.cumsum(variance[::-1])[::-1], 0.0)  # of what begins with each dim
+    places, quanta = dims // _GRAIN + 1, dims // _DIMS_PER_QUANTUM[8] + 1
+    # best[p, q]: of the dims from p grains on, with at most q quanta, by the widths seen so far
+    best = np.repeat(tail[: dims + 1 : _GRAIN, None], quanta, axis=1)
+    taken = []
+    for step in reversed(_STEPS):  # narrow ones lie behind wide ones
+        left = step_and_distortion(step.bits)[1]
+        grains, best = step.dims // _GRAIN, best.copy()
+        better = np.zeros(best.shape, dtype=bool)
+        for p in range(places - 1 - grains, -1, -1):
+            at = p * _GRAIN
+            coded = left * (tail[at] - tail[at + step.dims])
+            spent = coded + best[p + grains, : -step.quanta or None]
+            better[p, step.quanta :] = spent < best[p, step.quanta :]
+            best[p, step.quanta :] = np.minimum(spent, best[p, step.quanta :])
+        taken.append(better)
+    choices = tuple(_traced(taken[::-1], q) for q in range(quanta))
+    return UnitCurve(best[0], choices)
 
-    order = np.lexsort((distortion.ravel(), quanta.ravel()))
-    ranked = quanta.ravel()[order]
-    firsts = order[np.searchsorted(ranked, np.arange(dims // _DIMS_PER_QUANTUM[8] + 1))]
-    choices, best = [], []
-    for flat in firsts:
-        i, j, k = np.unravel_index(flat, distortion.shape)
-        counts = PlaneCounts(n8=int(n8[i, 0, 0]), n4=int(n4[0, j, 0]), n2=int(n2[0, 0, k]))
-        choices.append(counts)
-        best.append(float(distortion[i, j, k]))
-    return UnitCurve(np.asarray(best), tuple(choices))
+
+def _traced(taken: Sequence[np.ndarray], quanta: int) -> PlaneCounts:
+    """The plane counts that `unit_curve` found for so many quanta."""
+    p, dims = 0, {}
+    for step, chosen in zip(_STEPS, taken, strict=True):
+        first = p
+        while chosen[p, quanta]:
+            p, quanta = p + step.dims // _GRAIN, quanta - step.quanta
+        dims[step.bits] = (p - first) * _GRAIN
+    n12, n10 = dims[12], dims[10]
+    return PlaneCounts(n8=dims[8] + n12 + n10, n4=dims[4] + n12, n2=dims[2] + n10, n12=n12, n10=n10)
 
 
 def fill(curves: Sequence[UnitCurve], weights: Sequence[float], quanta: int) -> list[int]:

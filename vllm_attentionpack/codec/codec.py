@@ -1,6 +1,6 @@
 """One layer's codec: bases and layout, ready to encode tokens into latents and back."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,9 @@ class Basis:
     """The linear maps of one (layer, head group, K|V), one per modality.
 
     Latents are measured in quantiser steps: the code of a token with scale `s` stands for
-    `s * (code - zero_point)`.
+    `s * (code - zero_point)`. `R` counts columns (`codec.layout`). A dim that is a pair of them has
+    the steps of its whole code: both columns encode it alike, and that of the high part decodes by
+    a larger unit.
 
     Attributes:
         mean: float32 `[M, GD]`. Never stored per token: a constant in every key shifts all logits
@@ -29,7 +31,8 @@ class Basis:
         encode: float32 `[M, GD, R]`, `latent = (x - mean) @ encode`.
         decode: float32 `[M, R, GD]`, `x ≈ mean + latent @ decode`.
         weight: float32 `[M, R]`, the squared error (of logits for keys, of layer outputs for
-            values) that one squared step of error in each latent dim costs.
+            values) that one squared step of error in each latent dim costs; zero for low parts,
+            whose dim is counted with the high one.
     """
 
     mean: Tensor
@@ -60,21 +63,25 @@ class PlaneCodec:
     def __init__(self, basis: Basis, counts: PlaneCounts) -> None:
         self.basis = basis
         self.counts = counts
-        device = basis.mean.device
-        bits = torch.tensor(counts.bits_per_dim, dtype=torch.float32, device=device)
-        self.exact = counts.n16 > 0
-        #: float32 `[R]`: the code of zero in each dim; 0 where latents are stored as bfloat16.
-        self.zero_point = torch.zeros_like(bits) if self.exact else zero_points(bits)
-        #: float32 `[R]`: quantiser step for unit variance.
-        self.step = torch.tensor(
-            [step_and_distortion(b)[0] for b in counts.bits_per_dim],
-            dtype=torch.float32,
-            device=device,
-        )
+        columns = counts.columns
 
-    @property
-    def rank(self) -> int:
-        return self.counts.rank
+        def per_column(values: Iterable[float], dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.tensor(list(values), dtype=dtype, device=basis.mean.device)
+
+        bits = per_column(column.bits for column in columns)
+        self.exact = counts.n16 > 0
+        #: float32 `[R]`: the code of zero in each column; 0 where latents are stored as bfloat16.
+        self.zero_point = torch.zeros_like(bits) if self.exact else zero_points(bits)
+        #: float32 `[R]`: the same of whole codes.
+        self.whole_zero_point = zero_points(per_column(column.code_bits for column in columns))
+        #: float32 `[R]`: quantiser step of whole codes for unit variance.
+        self.step = per_column(step_and_distortion(column.code_bits)[0] for column in columns)
+        #: float32 `[R]`: the low bits of its whole code that a column lacks.
+        self.shift = per_column(column.shift for column in columns)
+        self._levels = torch.exp2(bits)
+        first = {column.dim: i for i, column in reversed(list(enumerate(columns)))}
+        #: int64 `[R]`: where each column's latent is: both of a pair must have one and the same.
+        self._source = per_column((first[column.dim] for column in columns), torch.int64)
 
     def encode(self, x: Tensor, visual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Codes and scales of tokens.
@@ -97,8 +104,10 @@ class PlaneCodec:
             weight = basis.weight[visual.long()]
         if self.exact:
             return latent, torch.ones(len(x), device=x.device)
-        scale = choose_scale(latent, self.zero_point, self.step, weight)
-        return to_codes(latent, scale, self.zero_point), scale
+        latent = latent[:, self._source]
+        scale = choose_scale(latent, self.whole_zero_point, self.step, weight)
+        whole = to_codes(latent, scale, self.whole_zero_point)
+        return torch.floor(whole / torch.exp2(self.shift)) % self._levels, scale
 
     def reconstruct(self, codes: Tensor, scale: Tensor, visual: Tensor) -> Tensor:
         """The tokens that codes stand for, float32 `[T, GD]`; see `encode` for the arguments."""

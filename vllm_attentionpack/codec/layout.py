@@ -14,6 +14,12 @@ Latent dims are ordered by decreasing variance, so the first dims sit in the wid
 plane of `b` bits and `n` dims, byte `j` of a token holds the dims `j, j + n/c, j + 2n/c, ...`
 (`c = 8/b` codes per byte, lowest bits first): unpacking is a shift and a mask per sub-plane, and no
 interleaving.
+
+A few dims may want finer codes than the widest plane has. Those of 12 and 10 bits are stored as two
+codes, *columns* from here on: the high 8 bits are among the first of the plane of 8 bits, the low 4
+or 2 bits among the last of the plane of 4 or 2. A code is linear in its parts, so to whoever reads
+them both are columns like all others, whose units differ by a power of two (`codec.Basis`); only
+encoding knows of pairs.
 """
 
 from collections.abc import Iterator
@@ -24,7 +30,7 @@ from typing import Literal
 Kind = Literal["key", "value"]
 KINDS: tuple[Kind, Kind] = ("key", "value")
 
-#: Bits per latent dim that a plane can have. 16 holds bfloat16 latents as they are; it exists for
+#: Bits per code that a plane can have. 16 holds bfloat16 latents as they are; it exists for
 #: the identity packs of tests and never comes out of the allocator.
 BIT_WIDTHS = (16, 8, 4, 2)
 #: A plane takes a multiple of this many bytes per token, so that it can be read as 32-bit words.
@@ -38,16 +44,49 @@ DENSE_BYTES = 2
 
 
 @dataclass(frozen=True)
-class PlaneCounts:
-    """How many latent dims of one (head group, K|V) have 16, 8, 4 and 2 bits.
+class Column:
+    """One stored code of a token.
 
-    Raises `ValueError` when a plane is not a multiple of `PLANE_QUANTUM` bytes per token.
+    Attributes:
+        dim: the latent dim that it is of, in the order of falling variance.
+        bits: stored.
+        code_bits: of the dim's whole code.
+        shift: of the whole code, bits below those that are stored.
+    """
+
+    dim: int
+    bits: int
+    code_bits: int
+    shift: int = 0
+
+    @property
+    def low(self) -> bool:
+        """Whether the other part of a pair is the higher one."""
+        return self.code_bits > self.bits + self.shift
+
+
+@dataclass(frozen=True)
+class PlaneCounts:
+    """How many columns of one (head group, K|V) have 16, 8, 4 and 2 bits, and how many are pairs.
+
+    Raises `ValueError` when a plane is not a multiple of `PLANE_QUANTUM` bytes per token, or has
+    fewer columns than there are parts for it.
+
+    Attributes:
+        n8: columns of 8 bits, the high parts of pairs included.
+        n4: of 4 bits, the low parts of `n12` included.
+        n2: of 2 bits, the low parts of `n10` included.
+        n16: of bfloat16.
+        n12: dims of 12 bits.
+        n10: dims of 10 bits.
     """
 
     n8: int = 0
     n4: int = 0
     n2: int = 0
     n16: int = 0
+    n12: int = 0
+    n10: int = 0
 
     def __post_init__(self) -> None:
         for bits, dims in self:
@@ -56,16 +95,27 @@ class PlaneCounts:
                     f"a plane of {bits}-bit latent dims must hold a multiple of "
                     f"{8 * PLANE_QUANTUM // bits} dims, got {dims}"
                 )
+        pairs = self.n12, self.n10
+        if min(pairs) < 0 or sum(pairs) > self.n8 or self.n12 > self.n4 or self.n10 > self.n2:
+            raise ValueError(
+                f"{self.n12} latent dims of 12 bits and {self.n10} of 10 want as many codes of 8 "
+                f"bits, and of 4 and 2; there are {self.n8}, {self.n4} and {self.n2}"
+            )
         if self.n16 and (self.n8 or self.n4 or self.n2):
             raise ValueError("16-bit latents cannot be mixed with quantised ones")
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Yields (bits, dims) from the widest plane to the narrowest, empty planes included."""
+        """Yields (bits, columns) from the widest plane to the narrowest, empty ones included."""
         return iter(((16, self.n16), (8, self.n8), (4, self.n4), (2, self.n2)))
 
     @property
     def rank(self) -> int:
-        """Retained latent dims, `R`."""
+        """Retained latent dims."""
+        return self.num_columns - self.pairs
+
+    @property
+    def num_columns(self) -> int:
+        """Codes of a token, `R`."""
         return self.n16 + self.n8 + self.n4 + self.n2
 
     @property
@@ -74,9 +124,30 @@ class PlaneCounts:
         return sum(bits * dims for bits, dims in self) // 8
 
     @property
-    def bits_per_dim(self) -> tuple[int, ...]:
-        """The bits of each of the `R` retained dims, in latent order."""
-        return tuple(bits for bits, dims in self for _ in range(dims))
+    def pairs(self) -> int:
+        """Dims that take two columns."""
+        return self.n12 + self.n10
+
+    @property
+    def dims_by_bits(self) -> dict[int, int]:
+        """How many dims have codes of so many bits, widest first; none that no dim has."""
+        dims = {16: self.n16, 12: self.n12, 10: self.n10, 8: self.n8 - self.pairs}
+        dims |= {4: self.n4 - self.n12, 2: self.n2 - self.n10}
+        return {bits: count for bits, count in dims.items() if count}
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """The `R` columns, in the order of the planes."""
+        twelve, ten = range(self.n12), range(self.n12, self.n12 + self.n10)
+        high = [Column(d, 8, 12, 4) for d in twelve] + [Column(d, 8, 10, 2) for d in ten]
+        low = {4: [Column(d, 4, 12) for d in twelve], 2: [Column(d, 2, 10) for d in ten]}
+        columns, dim = list(high), len(high)
+        for bits, count in self:
+            last = low.get(bits, [])
+            alone = count - len(last) - (len(high) if bits == 8 else 0)
+            columns += [Column(dim + i, bits, bits) for i in range(alone)] + last
+            dim += alone
+        return tuple(columns)
 
 
 @dataclass(frozen=True)
@@ -95,7 +166,7 @@ class GroupLayout:
 class Plane:
     """One contiguous run of a block: `[S, bytes_per_token]` bytes from `offset` on.
 
-    `bits` is 0 for a plane of scales.
+    `dims` counts columns; `bits` is 0 for a plane of scales.
     """
 
     group: int

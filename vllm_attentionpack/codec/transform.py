@@ -57,18 +57,21 @@ class PrincipalBasis:
         return (self.variance * self.share[:, None]).sum(0)
 
     def truncate(self, counts: PlaneCounts) -> Basis:
-        """The basis of the retained dims, measured in quantiser steps."""
-        rank = counts.rank
-        steps = torch.tensor(
-            [step_and_distortion(b)[0] for b in counts.bits_per_dim], dtype=torch.float64
-        )
+        """The columns of the retained dims, measured in quantiser steps."""
+        columns = counts.columns
+        dims = [column.dim for column in columns]
+        steps, shift, counted = torch.tensor(
+            [(step_and_distortion(c.code_bits)[0], c.shift, not c.low) for c in columns],
+            dtype=torch.float64,
+            device=self.variance.device,
+        ).T
         floor = self.variance.amax(1, keepdim=True).clamp_min(1e-30) * 1e-12
-        unit = self.variance.maximum(floor)[:, :rank].sqrt() * steps  # [M, R], one step of c
+        unit = self.variance.maximum(floor)[:, dims].sqrt() * steps  # [M, R], one step of c
         return Basis(
             mean=self.mean.float(),
-            encode=(self.encode[:, :, :rank] / unit[:, None, :]).float(),
-            decode=(self.decode[:, :rank] * unit[:, :, None]).float(),
-            weight=unit.square().float(),
+            encode=(self.encode[:, :, dims] / unit[:, None, :]).float(),
+            decode=(self.decode[:, dims] * (unit * shift.exp2())[:, :, None]).float(),
+            weight=(unit.square() * counted).float(),
         )
 
 

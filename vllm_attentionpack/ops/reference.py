@@ -245,7 +245,7 @@ def paged_attention(
         heads = query.latent[g].shape[1]
         plain = None if query.plain is None else query.plain[:, of_group]
         shape = (tokens, heads, codec.num_modalities)
-        latent = torch.zeros(*shape, group.value.rank, device=device)
+        latent = torch.zeros(*shape, group.value.counts.num_columns, device=device)
         weight = torch.zeros(shape, device=device)
         lse = torch.full(shape[:2], float("-inf"), device=device)
         for segment in batch.segments:
@@ -393,14 +393,14 @@ def _attend_segment(
     top = torch.full((b, length, heads), float("-inf"), device=device)
     total = torch.zeros(b, length, heads, device=device)
     weight = torch.zeros(b, length, heads, modalities, device=device)
-    latent = torch.zeros(b, length, heads, modalities, value[0].rank, device=device)
+    latent = torch.zeros(b, length, heads, modalities, value[0].counts.num_columns, device=device)
     end = stops[:, None].expand(b, length)
     if causal:
         end = end - length + 1 + torch.arange(length, device=device)
     if query.rows is not None:
         end = end.clamp(max=query.rows.stop_token)
 
-    widest = max(key[0].rank, value[0].rank, length * heads)
+    widest = max(key[0].counts.num_columns, value[0].counts.num_columns, length * heads)
     tile_tokens = max(1, _TILE_BYTES // (4 * b * widest))
     longest = segment.max_seq_len - (0 if causal else length)
     for start, ids in pages.tiles(longest, tile_tokens):

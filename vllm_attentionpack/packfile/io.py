@@ -250,12 +250,12 @@ def _read_layer(
         group_bases: dict[Kind, Basis] = {}
         group_variance: dict[Kind, Tensor] = {}
         for kind in KINDS:
-            rank = getattr(group, kind).counts().rank
+            columns = getattr(group, kind).counts().num_columns
             shapes = {
                 "mean": (modalities, dims),
-                "encode": (modalities, dims, rank),
-                "decode": (modalities, rank, dims),
-                "weight": (modalities, rank),
+                "encode": (modalities, dims, columns),
+                "decode": (modalities, columns, dims),
+                "weight": (modalities, columns),
                 "variance": (modalities, dims),
             }
             fields = {

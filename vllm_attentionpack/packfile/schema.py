@@ -5,7 +5,7 @@ Tensors are named `layers.<i>.groups.<g>.<key|value>.<mean|encode|decode|weight>
 layer whose keys have anchors also `layers.<i>.frequencies` (float64 `[P]`, see `codec.positions`).
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
@@ -22,7 +22,7 @@ from vllm_attentionpack.codec.layout import (
 from vllm_attentionpack.codec.positions import Anchors
 
 #: Raised by one whenever older code could misread a newer file.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -88,13 +88,15 @@ class PlaneHeader(_Frozen):
     n4: Count
     n2: Count
     n16: Count = 0
+    n12: Count = 0
+    n10: Count = 0
 
     @classmethod
     def of(cls, counts: PlaneCounts) -> "PlaneHeader":
-        return cls(n8=counts.n8, n4=counts.n4, n2=counts.n2, n16=counts.n16)
+        return cls(**asdict(counts))
 
     def counts(self) -> PlaneCounts:
-        return PlaneCounts(n8=self.n8, n4=self.n4, n2=self.n2, n16=self.n16)
+        return PlaneCounts(**self.model_dump())
 
 
 class GroupHeader(_Frozen):

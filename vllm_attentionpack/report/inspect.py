@@ -48,7 +48,7 @@ def _unit_facts(counts: PlaneCounts, dims: int) -> dict[str, Any]:
     return {
         "rank": counts.rank,
         "dims": dims,
-        "dims_by_bits": {str(bits): n for bits, n in counts if n},
+        "dims_by_bits": {str(bits): n for bits, n in counts.dims_by_bits.items()},
         "bits_per_element": counts.bytes_per_token * 8 / dims,
     }
 

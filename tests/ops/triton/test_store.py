@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support.cases import random_codec
+from tests.support.cases import latent_errors, random_codec
 from vllm_attentionpack.codec.layout import PlaneCounts
 from vllm_attentionpack.codec.quantize import decode_scale, unpack_codes
 from vllm_attentionpack.errors import ConfigError
@@ -60,6 +60,24 @@ def test_codes_match_the_reference(shape, visual, dtype):
             assert (code - want_code)[alike].abs().max().item() <= 1 or plane.kind == "key"
     end = codec.layout.content_bytes_per_token * BLOCK_SIZE
     assert (found[:, end:] == 77).all(), "padding was written to"
+
+
+def test_pairs_match_the_reference():
+    """Both parts of a code are of one number: were they not, errors would be of 16 steps."""
+    counts = PlaneCounts(n8=28, n4=16, n2=32, n12=8, n10=16)
+    codec = random_codec(2, 1, 64, 2, key=counts, value=PlaneCounts(n8=8, n4=8, n12=8))
+    generator = torch.Generator().manual_seed(1)
+    key, value = (torch.randn(60, 2, 64, generator=generator) for _ in range(2))
+    visual = torch.rand(60, generator=generator) < 0.5
+    slots = torch.randperm(5 * BLOCK_SIZE, generator=generator)[:60]
+    caches = [stored(ops, codec, key, value, slots, visual) for ops in (reference, kernels)]
+    for kind, tokens in (("key", key), ("value", value)):
+        want, got = (
+            latent_errors(codec, kind, tokens, slots, visual, cache, BLOCK_SIZE) for cache in caches
+        )
+        assert set(want) == set(getattr(codec.layout.groups[0], kind).dims_by_bits)
+        for bits in want:
+            assert got[bits] < (1.6 if bits == 12 else 1.04) * want[bits]
 
 
 def test_padding_tokens_and_neighbours_are_left_alone():

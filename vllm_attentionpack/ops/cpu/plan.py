@@ -217,8 +217,9 @@ def _layout_table(layout: LayerLayout, block_size: int, widths: dict[Kind, list[
     table = torch.zeros(len(layout.groups), len(KINDS), SIDE_FIELDS, dtype=torch.int64)
     for (group, kind), owned in owners.items():
         *codes, scales = owned
-        rank = getattr(layout.groups[group], kind).rank
-        numbers = [len(codes), rank, scales.offset, widths[kind][group]]
+        counts = getattr(layout.groups[group], kind)
+        numbers = [len(codes), counts.num_columns, scales.offset, widths[kind][group]]
+        numbers += [counts.n12, counts.n10]
         for plane in codes:
             numbers += [plane.bits, plane.dims, plane.bytes_per_token, plane.offset]
         table[group, KINDS.index(kind), : len(numbers)] = torch.tensor(numbers)

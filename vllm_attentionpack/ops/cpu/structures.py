@@ -5,8 +5,8 @@ import ctypes
 import torch
 
 INT, POINTER = ctypes.c_int64, ctypes.c_void_p
-#: int64 numbers of `Side` in csrc/api.h: planes, rank, scales, width and three planes of four.
-SIDE_FIELDS = 16
+#: int64 numbers of `Side` in csrc/api.h: six, then three planes of four.
+SIDE_FIELDS = 18
 
 
 class PreRope(ctypes.Structure):

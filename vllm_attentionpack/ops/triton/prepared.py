@@ -65,12 +65,17 @@ class Encoder:
         mean: float32 `[groups, M, G * D]`.
         weight: float32 `[groups, M, C]`, zero where padded.
         steps: quantiser step for unit variance of each piece.
+        codes: float32 `[groups, 3, C]`: of each column's whole code the zero point, the quantiser
+            step for unit variance, and the low bits that the column lacks.
+        pairs: whether any column holds but a part of a code; only then is `codes` read.
     """
 
     basis: HalfBasis
     mean: Tensor
     weight: Tensor
     steps: tuple[float, ...]
+    codes: Tensor
+    pairs: bool
 
 
 @dataclass(frozen=True)
@@ -227,14 +232,18 @@ class Prepared:
         shape = (len(layout.groups), self.codec.num_modalities, tiles.columns)
         basis = torch.zeros(*shape[:2], dims, tiles.columns, device=self.device)
         weight = torch.zeros(shape, device=self.device)
+        codes = torch.zeros(shape[0], 3, tiles.columns, device=self.device)
         for g, (group, _) in enumerate(self.codec.group_heads()):
-            source = getattr(group, kind).basis
+            plane = getattr(group, kind)
+            whole = torch.stack([plane.whole_zero_point, plane.step, plane.shift])
             for columns, latent, _ in tiles.dims(g):
-                basis[g][..., columns] = source.encode[..., latent]
-                weight[g][..., columns] = source.weight[..., latent]
+                basis[g][..., columns] = plane.basis.encode[..., latent]
+                weight[g][..., columns] = plane.basis.weight[..., latent]
+                codes[g][:, columns] = whole[:, latent]
         mean = torch.stack([getattr(g, kind).basis.mean for g, _ in self.codec.group_heads()])
         steps = tuple(step_and_distortion(piece.bits)[0] for piece in tiles.pieces)
-        return Encoder(HalfBasis.of(basis), mean.contiguous(), weight, steps)
+        pairs = any(getattr(group, kind).pairs for group in layout.groups)
+        return Encoder(HalfBasis.of(basis), mean.contiguous(), weight, steps, codes, pairs)
 
     def _decode(self, kind: Kind) -> Tensor:
         """float32 `[Hk, M, C, D]`: the decode basis with a row per column, zero where padded."""

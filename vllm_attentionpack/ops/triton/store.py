@@ -27,10 +27,12 @@ def store_kernel(
     k_basis_scale,  # float32 [groups, M]
     k_mean,  # float32 [groups, M, G * D]
     k_weight,  # float32 [groups, M, K_COLUMNS]
+    k_codes,  # float32 [groups, 3, K_COLUMNS], see `prepared.Encoder`; unread unless K_PAIRS
     v_basis,
     v_basis_scale,
     v_mean,
     v_weight,
+    v_codes,
     block_bytes,
     key_stride,
     value_stride,
@@ -49,6 +51,7 @@ def store_kernel(
     K_ALIGN: tl.constexpr,
     K_COLUMNS: tl.constexpr,
     K_STEPS: tl.constexpr,
+    K_PAIRS: tl.constexpr,
     V_BITS: tl.constexpr,
     V_START: tl.constexpr,
     V_SIZE: tl.constexpr,
@@ -57,6 +60,7 @@ def store_kernel(
     V_ALIGN: tl.constexpr,
     V_COLUMNS: tl.constexpr,
     V_STEPS: tl.constexpr,
+    V_PAIRS: tl.constexpr,
 ):
     """`TOKENS` tokens of one head group, K or V; both in one launch."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -82,6 +86,7 @@ def store_kernel(
             k_basis_scale + group * MODALITIES,
             k_mean + group * MODALITIES * GROUP_DIMS,
             k_weight + group * MODALITIES * K_COLUMNS,
+            k_codes + group * 3 * K_COLUMNS,
             GROUP_DIMS,
             BLOCK_DIMS,
             TOKENS,
@@ -94,6 +99,7 @@ def store_kernel(
             K_ALIGN,
             K_COLUMNS,
             K_STEPS,
+            K_PAIRS,
         )
     else:
         _encode(
@@ -107,6 +113,7 @@ def store_kernel(
             v_basis_scale + group * MODALITIES,
             v_mean + group * MODALITIES * GROUP_DIMS,
             v_weight + group * MODALITIES * V_COLUMNS,
+            v_codes + group * 3 * V_COLUMNS,
             GROUP_DIMS,
             BLOCK_DIMS,
             TOKENS,
@@ -119,6 +126,7 @@ def store_kernel(
             V_ALIGN,
             V_COLUMNS,
             V_STEPS,
+            V_PAIRS,
         )
 
 
@@ -134,6 +142,7 @@ def _encode(
     basis_scale,
     means,
     weights,
+    codes,
     GROUP_DIMS: tl.constexpr,
     BLOCK_DIMS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -146,6 +155,7 @@ def _encode(
     ALIGN: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEPS: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     at, scales_at = plane_addresses(planes, BITS, ALIGN)
     rank = (tl.load(planes) + 2 * tl.load(planes + 2) + 4 * tl.load(planes + 4)) * ALIGN
@@ -178,10 +188,17 @@ def _encode(
         for sub in tl.static_range(8 // BITS[i]):
             latent = latents[OPERAND[i] + sub] * unit[:, None]
             scaled = scaled + (latent,)
-            squares += tl.sum(latent * latent, 1) * (STEPS[i] * STEPS[i])
-            largest = tl.maximum(
-                largest, tl.max(tl.abs(latent), 1) * (1.0 / (0.5 * (1 << BITS[i])))
-            )
+            if PAIRS:
+                columns = codes + COLUMN[i] + sub * SIZE[i] + tl.arange(0, SIZE[i])
+                unit_latent = latent * tl.load(columns + COLUMNS)[None, :]
+                squares += tl.sum(unit_latent * unit_latent, 1)
+                fit = tl.abs(latent) / (tl.load(columns) + 0.5)[None, :]
+                largest = tl.maximum(largest, tl.max(fit, 1))
+            else:
+                squares += tl.sum(latent * latent, 1) * (STEPS[i] * STEPS[i])
+                largest = tl.maximum(
+                    largest, tl.max(tl.abs(latent), 1) * (1.0 / (0.5 * (1 << BITS[i])))
+                )
     rms = tl.sqrt(squares / rank.to(tl.float32))
 
     best = tl.zeros((TOKENS,), tl.float32)
@@ -198,6 +215,7 @@ def _encode(
             scaled,
             scale,
             weights,
+            codes,
             seen_as,
             TOKENS,
             MODALITIES,
@@ -206,6 +224,7 @@ def _encode(
             COLUMN,
             OPERAND,
             COLUMNS,
+            PAIRS,
         )
         better = error < best_error
         best = tl.where(better, exponent, best)
@@ -218,8 +237,13 @@ def _encode(
     for i in tl.static_range(len(BITS)):
         packed = tl.zeros((TOKENS, 1 * SIZE[i]), tl.int32)
         for sub in tl.static_range(8 // BITS[i]):
-            code = _code(scaled[OPERAND[i] + sub], scale, BITS[i])
-            packed = packed | (code.to(tl.int32) << (BITS[i] * sub))
+            columns = codes + COLUMN[i] + sub * SIZE[i] + tl.arange(0, SIZE[i])
+            zero = _zero(columns, BITS[i], PAIRS)
+            code = _code(scaled[OPERAND[i] + sub], scale, zero).to(tl.int32)
+            if PAIRS:  # the part of a whole code that this column holds
+                shift = tl.load(columns + 2 * COLUMNS).to(tl.int32)
+                code = (code >> shift[None, :]) & ((1 << BITS[i]) - 1)
+            packed = packed | (code << (BITS[i] * sub))
         column = START[i] + tl.arange(0, SIZE[i])
         width = at[2 * i]
         tl.store(
@@ -230,10 +254,18 @@ def _encode(
 
 
 @triton.jit
-def _code(latent, scale, BITS: tl.constexpr):
+def _zero(columns, BITS: tl.constexpr, PAIRS: tl.constexpr):
+    """The code of zero: one number, or float32 `[1, columns]`, of whole codes."""
+    if PAIRS:
+        return tl.load(columns)[None, :]
+    return 0.5 * ((1 << BITS) - 1)
+
+
+@triton.jit
+def _code(latent, scale, zero):
     """float32 whole numbers; see `codec.quantize.to_codes`."""
-    code = round_even(latent / scale[:, None] + 0.5 * ((1 << BITS) - 1))
-    return tl.minimum(tl.maximum(code, 0.0), (1 << BITS) - 1.0)
+    code = round_even(latent / scale[:, None] + zero)
+    return tl.minimum(tl.maximum(code, 0.0), 2.0 * zero)
 
 
 # Functions of their own, since a loop at run time may not see one name with tiles of several sizes.
@@ -265,6 +297,7 @@ def _weighted_error(
     latents,
     scale,
     weights,
+    codes,
     seen_as,
     TOKENS: tl.constexpr,
     MODALITIES: tl.constexpr,
@@ -273,6 +306,7 @@ def _weighted_error(
     COLUMN: tl.constexpr,
     OPERAND: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """float32 `[tokens]`: what quantisation at `scale` costs; see `codec.quantize.choose_scale`."""
     error = tl.zeros((TOKENS,), tl.float32)
@@ -284,7 +318,7 @@ def _weighted_error(
                 other = tl.load(weights + COLUMNS + columns)[None, :]
                 weight = tl.where((seen_as == 1)[:, None], other, weight)
             latent = latents[OPERAND[i] + sub]
-            code = _code(latent, scale, BITS[i])
-            miss = latent - (code - 0.5 * ((1 << BITS[i]) - 1)) * scale[:, None]
+            zero = _zero(codes + columns, BITS[i], PAIRS)
+            miss = latent - (_code(latent, scale, zero) - zero) * scale[:, None]
             error += tl.sum(miss * miss * weight, 1)
     return error

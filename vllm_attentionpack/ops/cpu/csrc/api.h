@@ -13,10 +13,12 @@ struct Plane {
     int64_t bits, dims, bytes, offset;
 };
 
-// All planes of one (head group, K|V). `scales` is the offset of its plane of scales, `width` how many
-// floats a row has in `queries` or `outputs`, some of them for alignment alone.
+// All planes of one (head group, K|V). `rank` counts codes, `scales` is the offset of its plane of
+// scales, `width` how many floats a row has in `queries` or `outputs`, some of them for alignment alone.
+// The high parts of `dims_12` and then of `dims_10` dims come first in the plane of 8 bits, the low
+// ones last in those of 4 and of 2 (`Column` of `codec/layout.py`).
 struct Side {
-    int64_t num_planes, rank, scales, width;
+    int64_t num_planes, rank, scales, width, dims_12, dims_10;
     Plane planes[3];
 };
 

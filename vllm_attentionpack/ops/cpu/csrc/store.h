@@ -36,9 +36,14 @@ class TokenStore {
         int64_t dim = 0;
         for (int p = 0; p < side_.num_planes; ++p) {
             const Plane& plane = side_.planes[p];
-            std::fill_n(zero_ + dim, plane.dims, 0.5f * float((1 << plane.bits) - 1));
+            std::fill_n(zero_ + dim, plane.dims, zero_of(plane.bits));
             dim += plane.dims;
         }
+        // Both parts of a pair are of one latent and one code.
+        for_pairs([&](int64_t high, int64_t low, int bits) {
+            latent_[low] = latent_[high];
+            zero_[high] = zero_[low] = zero_of(8 + bits);
+        });
         write(choose());
     }
 
@@ -46,6 +51,20 @@ class TokenStore {
 
   private:
     static int64_t padded(int64_t rank) { return (rank + 15) / 16 * 16; }
+
+    static float zero_of(int64_t bits) { return 0.5f * float((1 << bits) - 1); }
+
+    // Calls f(high, low, bits of the low part) for every pair of columns.
+    template <class F>
+    void for_pairs(F f) const {
+        int64_t end = 0, high = 0;
+        for (int p = 0; p < side_.num_planes; ++p) {
+            const int bits = int(side_.planes[p].bits);
+            const int64_t pairs = bits == 4 ? side_.dims_12 : bits == 2 ? side_.dims_10 : 0;
+            end += side_.planes[p].dims;
+            for (int64_t low = end - pairs; low < end; ++low) f(high++, low, bits);
+        }
+    }
 
     // The scale byte, without the modality.
     int choose() {
@@ -98,6 +117,11 @@ class TokenStore {
         const float scale = kScales.value[byte];
         for (int64_t i = 0; i < rank_; i += kLanes)
             store(codes_ + i, code(part(latent_, i, rank_) / scale, part(zero_, i, rank_)));
+        for_pairs([&](int64_t high, int64_t low, int bits) {
+            const int whole = int(codes_[high]);
+            codes_[high] = float(whole >> bits);
+            codes_[low] = float(whole & ((1 << bits) - 1));
+        });
         block_[side_.scales + slot_] = uint8_t(byte | (visual_ ? kModalityBit : 0));
         const float* codes = codes_;
         for (int p = 0; p < side_.num_planes; ++p) {
