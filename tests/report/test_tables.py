@@ -74,7 +74,7 @@ def test_pack_tables_show_every_figure_in_a_narrow_terminal():
     console.print(pack_tables(wide_header("model")))
     shown = console.export_text()
     assert "…" not in shown
-    for cell in ("896/1024", "128/512/256", "832/1024", "64/512/256"):
+    for cell in ("848/1024", "16/32/80/496/224", "832/1024", "0/0/64/512/256"):
         assert cell in shown.split()
 
 
@@ -88,7 +88,10 @@ def wide_header(model: str) -> PackHeader:
         head_size=128,
         rope="{}",
     )
-    key, value = PlaneCounts(n8=128, n4=512, n2=256), PlaneCounts(n8=64, n4=512, n2=256)
+    key, value = (
+        PlaneCounts(n8=128, n4=512, n2=256, n12=16, n10=32),
+        PlaneCounts(n8=64, n4=512, n2=256),
+    )
     group = GroupHeader(key=PlaneHeader.of(key), value=PlaneHeader.of(value))
     return PackHeader(
         format_version=1,

@@ -133,31 +133,33 @@ def pack_pages(header: PackHeader) -> PageGeometry:
 
 
 def _layer_table(facts: dict[str, Any]) -> Table:
+    units = [
+        group[kind] for layer in facts["layers"] for group in layer["groups"] for kind in KINDS
+    ]
+    widths = sorted(
+        {*"842"}.union(*(unit["dims_by_bits"] for unit in units)), key=int, reverse=True
+    )
     table = Table(
         box=None,
-        # 1024 joint dims, the most that `--group-size auto` makes, fit into 80 columns
-        padding=(0, 1, 0, 0),
-        caption="rank: latent dims kept, at 8, 4 and 2 bits; bits: per element; bytes: per token",
+        caption="rank: latent dims kept, and how many at so many bits; bits: per element; bytes: "
+        "per token",
         caption_justify="left",
     )
-    columns = ["layer", "group"]
-    for kind in KINDS:
-        columns += [f"{kind[0].upper()} rank", "8/4/2", "bits"]
-    for name in (*columns, "bytes", "ratio"):
+    split = f"at {'/'.join(widths)} bits"
+    for name in ("layer", "group", "", "rank", split, "bits", "bytes", "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
     for number, layer in enumerate(facts["layers"]):
         for g, group in enumerate(layer["groups"]):
-            table.add_row(
-                str(number) if g == 0 else "",
-                str(g),
-                *(cell for kind in KINDS for cell in _unit_cells(group[kind])),
-                str(group["bytes_per_token"]),
-                f"{layer['compression_ratio']:.2f}x" if g == 0 else "",
-            )
+            for kind in KINDS:
+                unit, first = group[kind], kind == KINDS[0]
+                table.add_row(
+                    str(number) if first and g == 0 else "",
+                    str(g) if first else "",
+                    kind[0].upper(),
+                    f"{unit['rank']}/{unit['dims']}",
+                    "/".join(str(unit["dims_by_bits"].get(bits, 0)) for bits in widths),
+                    f"{unit['bits_per_element']:.2f}",
+                    str(group["bytes_per_token"]) if first else "",
+                    f"{layer['compression_ratio']:.2f}x" if first and g == 0 else "",
+                )
     return table
-
-
-def _unit_cells(unit: dict[str, Any]) -> tuple[str, str, str]:
-    planes = unit["dims_by_bits"]
-    split = "16 bits" if "16" in planes else "/".join(str(planes.get(b, 0)) for b in "842")
-    return f"{unit['rank']}/{unit['dims']}", split, f"{unit['bits_per_element']:.2f}"
