@@ -79,12 +79,12 @@ class CalibratedPacks:
 
     Attributes:
         eightfold: 8x, no token exact.
-        eight_bit: every dim at 8 bits, no token exact.
+        largest: a byte for every dim, codes of 12 bits among them, no token exact.
         windowed: 8x with the exact tokens that a calibration advises.
     """
 
     eightfold: Path
-    eight_bit: Path
+    largest: Path
     windowed: Path
 
 
@@ -94,11 +94,11 @@ def calibrated(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> Ca
     from vllm_attentionpack.calibrate.settings import DEFAULT_SINKS, DEFAULT_WINDOW
 
     engines.close()
-    full_rank = smallest_ratio(num_kv_heads=2, head_size=64, heads_per_group=2)
+    least = smallest_ratio(num_kv_heads=2, head_size=64, heads_per_group=2)
     packs = calibrate_at(
         str(MODEL),
         CALIBRATION_DATA,
-        [Wanted(8.0), Wanted(full_rank), Wanted(8.0, DEFAULT_SINKS, DEFAULT_WINDOW)],
+        [Wanted(8.0), Wanted(least), Wanted(8.0, DEFAULT_SINKS, DEFAULT_WINDOW)],
         group_size=2,
         max_model_len=1024,
         anchor_span=128,  # a third of the prompts reaches beyond it
@@ -106,9 +106,9 @@ def calibrated(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> Ca
         sensitivity="uniform",  # measured ones take minutes
     )
     folder = tmp_path_factory.mktemp("packs")
-    names = ("eightfold", "eight_bit", "windowed")
+    names = ("eightfold", "largest", "windowed")
     paths = CalibratedPacks(*(folder / f"{name}.safetensors" for name in names))
-    for pack, path in zip(packs, (paths.eightfold, paths.eight_bit, paths.windowed), strict=True):
+    for pack, path in zip(packs, (paths.eightfold, paths.largest, paths.windowed), strict=True):
         save_pack(pack, path)
     return paths
 

@@ -14,7 +14,7 @@ from vllm_attentionpack.packfile import read_header
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(scope="module", params=["eightfold", "eight_bit"])
+@pytest.fixture(scope="module", params=["eightfold", "largest"])
 def pack(request, calibrated):
     return getattr(calibrated, request.param)
 

@@ -97,7 +97,7 @@ class Budget:
         return self.num_layers * self.num_kv_heads * len(KINDS) * self.head_size * DENSE_BYTES
 
     def ratio_range(self) -> tuple[float, float]:
-        """The smallest ratio (every dim at 8 bits) and the largest (one quantum per K and V)."""
+        """The smallest ratio (a byte for every dim) and the largest (one quantum per K and V)."""
         units = self.num_groups * len(KINDS)
         most = units * self.heads_per_group * self.head_size + self.fixed_bytes
         least = units * PLANE_QUANTUM + self.fixed_bytes
@@ -113,7 +113,7 @@ class Budget:
             raise BudgetError(
                 f"a compression ratio of {ratio:g} cannot be met: with {self.num_kv_heads} KV "
                 f"heads of {self.head_size} in groups of {self.heads_per_group}, the smallest "
-                f"ratio is {_round_up(smallest)} (all at 8 bits) and the largest is "
+                f"ratio is {_round_up(smallest)} (a byte for every dim) and the largest is "
                 f"{_round_down(largest)}. Choose a --ratio between them"
                 + (", or a larger --group-size." if ratio > largest else ".")
             )
