@@ -167,6 +167,7 @@ def cases() -> list[Case]:
         Case(joint, query_len=4, causal=True),
         Case(joint, ranges=True),
         Case(LayerShape(32, 8, 128, 8, 4)),
+        Case(LayerShape(32, 8, 128, 2, 4, spread=24)),
         Case(LayerShape(32, 8, 128, 8, 8, modalities=2)),
         Case(single),
         Case(single, query_len=2048, requests=2),

@@ -19,8 +19,6 @@ from vllm_attentionpack.codec.layout import (
 )
 from vllm_attentionpack.codec.transform import PrincipalBasis
 
-#: How fast variances fall over the dims of a head group: the last is `exp(-SPREAD)` of the first.
-SPREAD = 6.0
 #: What a key error costs beside a value error: gives keys about twice the bytes of values, which is
 #: what calibration of the reference VLM gives them (docs/log.md).
 KEY_WEIGHT = 6.0
@@ -37,6 +35,8 @@ class LayerShape:
         heads_per_group: `G`.
         ratio: dense bfloat16 bytes over stored bytes, to be met or exceeded.
         modalities: `M`.
+        spread: how fast variances fall over the dims of a head group: the last is `exp(-spread)` of
+            the first.
     """
 
     query_heads: int
@@ -45,6 +45,7 @@ class LayerShape:
     heads_per_group: int
     ratio: float
     modalities: int = 1
+    spread: float = 6.0
 
     @property
     def name(self) -> str:
@@ -52,12 +53,13 @@ class LayerShape:
             f"{self.query_heads}/{self.kv_heads}x{self.head_size} "
             f"G={self.heads_per_group} ratio {self.ratio:g}"
             + (f" M={self.modalities}" if self.modalities > 1 else "")
+            + (" with pairs" if any(group.key.pairs for group in self.layout().groups) else "")
         )
 
     def layout(self) -> LayerLayout:
         """Planes by the allocator, for variances that fall exponentially."""
         dims = self.heads_per_group * self.head_size
-        curve = unit_curve(np.exp(-SPREAD * np.arange(dims) / dims))
+        curve = unit_curve(np.exp(-self.spread * np.arange(dims) / dims))
         dense = 2 * dims * DENSE_BYTES
         budget = (dense / self.ratio - 2 * SCALE_BYTES) // PLANE_QUANTUM
         key, value = fill([curve, curve], [KEY_WEIGHT, 1.0], int(budget))

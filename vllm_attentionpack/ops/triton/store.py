@@ -257,8 +257,10 @@ def _encode(
 def _zero(columns, BITS: tl.constexpr, PAIRS: tl.constexpr):
     """The code of zero: one number, or float32 `[1, columns]`, of whole codes."""
     if PAIRS:
-        return tl.load(columns)[None, :]
-    return 0.5 * ((1 << BITS) - 1)
+        zero = tl.load(columns)[None, :]
+    else:
+        zero = 0.5 * ((1 << BITS) - 1)
+    return zero
 
 
 @triton.jit
