@@ -23,8 +23,6 @@ from vllm_attentionpack.errors import BudgetError
 #: build per step.
 MAX_PAGE_SIZE_CLASSES = 4
 
-_DIMS_PER_QUANTUM = {bits: 8 * PLANE_QUANTUM // bits for bits in (8, 4, 2)}
-
 
 class _Step(NamedTuple):
     """The fewest dims that can have codes of so many bits, and the quanta that they take."""
@@ -34,13 +32,13 @@ class _Step(NamedTuple):
     quanta: int
 
 
-_STEPS = (
-    _Step(12, _DIMS_PER_QUANTUM[4], _DIMS_PER_QUANTUM[4] // _DIMS_PER_QUANTUM[8] + 1),
-    _Step(10, _DIMS_PER_QUANTUM[2], _DIMS_PER_QUANTUM[2] // _DIMS_PER_QUANTUM[8] + 1),
-    *(_Step(bits, dims, 1) for bits, dims in _DIMS_PER_QUANTUM.items()),
+#: A pair takes part of two planes, the narrower of which decides how many dims are the fewest.
+_STEPS = tuple(
+    _Step(bits, dims := 8 * PLANE_QUANTUM // narrowest, bits * dims // (8 * PLANE_QUANTUM))
+    for bits, narrowest in ((12, 4), (10, 2), (8, 8), (4, 4), (2, 2))
 )
-#: What the dims of every step are multiples of.
-_GRAIN = _DIMS_PER_QUANTUM[8]
+#: What the dims of every step are multiples of: those of 8 bits that a quantum holds.
+_GRAIN = 8 * PLANE_QUANTUM // 8
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def unit_curve(variance: np.ndarray) -> UnitCurve:
         return unit_curve(np.ones_like(variance)).priced(0.0)
     dims = len(variance) // _GRAIN * _GRAIN
     tail = np.append(np.cumsum(variance[::-1])[::-1], 0.0)  # of what begins with each dim
-    places, quanta = dims // _GRAIN + 1, dims // _DIMS_PER_QUANTUM[8] + 1
+    places = quanta = dims // _GRAIN + 1
     # best[p, q]: of the dims from p grains on, with at most q quanta, by the widths seen so far
     best = np.repeat(tail[: dims + 1 : _GRAIN, None], quanta, axis=1)
     taken = []
@@ -89,7 +87,7 @@ def unit_curve(variance: np.ndarray) -> UnitCurve:
         for p in range(places - 1 - grains, -1, -1):
             at = p * _GRAIN
             coded = left * (tail[at] - tail[at + step.dims])
-            spent = coded + best[p + grains, : -step.quanta or None]
+            spent = coded + best[p + grains, : -step.quanta]
             better[p, step.quanta :] = spent < best[p, step.quanta :]
             best[p, step.quanta :] = np.minimum(spent, best[p, step.quanta :])
         taken.append(better)
