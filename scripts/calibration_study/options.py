@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from calibration_study.setting import EXAMPLE, SENSITIVITY_TOKENS, Setting
-from vllm_attentionpack.calibrate.settings import DEFAULT_ANCHOR_SPAN
 
 RESULTS = EXAMPLE.parents[1] / "docs" / "results"
 
@@ -22,7 +21,7 @@ def subject_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--sensitivity-tokens", type=int, default=SENSITIVITY_TOKENS)
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--max-context", type=int, default=512)
-    parser.add_argument("--anchor-span", type=int, default=DEFAULT_ANCHOR_SPAN)
+    parser.add_argument("--anchor-span", type=int, help="[default: calibrate's]")
     parser.add_argument("--pre-rope", action="store_true", help="as calibrate's")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser
@@ -42,5 +41,6 @@ def started(options: argparse.Namespace) -> Iterator[Setting]:
         options.model, options.data, options.max_model_len, options.calibration_tokens
     ) as setting:
         setting.sensitivity_tokens = options.sensitivity_tokens
-        setting.anchor_span = options.anchor_span
+        if options.anchor_span is not None:
+            setting.anchor_span = options.anchor_span
         yield setting
