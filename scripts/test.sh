@@ -9,6 +9,9 @@
 # pytest phase that collects no test has failed.
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
+# Threads that wait by spinning take the cores from other test processes, up to twenty times as long.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-0}"
+
 fast=false
 sanitize=false
 pytest_args=()
