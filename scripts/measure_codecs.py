@@ -17,6 +17,7 @@ from pathlib import Path
 from calibration_study.options import simulation_parser, started
 from calibration_study.setting import drawn_items, store
 
+from vllm_attentionpack.calibrate.moments import auto_group_size
 from vllm_attentionpack.calibrate.settings import PRE_ROPE_ANCHOR_SPAN
 from vllm_attentionpack.codec.positions import PRE_ROPE_GROUP_DIMS
 from vllm_attentionpack.evaluate.baselines.catalogue import baselines
@@ -75,9 +76,12 @@ def main() -> int:
         forms = [(span, False) for span in options.short_spans]
         forms += [(span, True) for span in options.pre_rope_spans]
         for span, pre_rope in forms:
-            most = PRE_ROPE_GROUP_DIMS // setting.shape.head_size if pre_rope else None
+            group_size = max(setting.group_sizes)
+            if pre_rope:  # as `calibrate` groups them
+                heads, dims = setting.shape.num_kv_heads, setting.shape.head_size
+                group_size = auto_group_size(heads, dims, PRE_ROPE_GROUP_DIMS)
             assembler = setting.assembler(
-                max(size for size in setting.group_sizes if not most or size <= most),
+                group_size,
                 options.max_context,
                 anchor_span=span,
                 pre_rope=pre_rope,

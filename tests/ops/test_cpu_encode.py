@@ -30,11 +30,12 @@ def test_store_writes_the_bytes_of_the_reference(isa, layout, modalities, dtype)
             assert (caches[0] != caches[1]).float().mean().item() < 1e-3
             continue
         # Products of 13 bits move more latents over an edge, where both sides are as good: codes
-        # lose what they did, at every width but 12 bits, of which the products are half as far off.
+        # lose what they did at every width, but for a little; those of 12 bits half as much again.
         for kind, tokens in (("key", key), ("value", value)):
             want, got = (latent_errors(codec, kind, tokens, slots, visual, c, 16) for c in caches)
+            close = 1.04 if getattr(codec.layout.groups[0], kind).pairs else 1.03
             for bits in want:
-                assert got[bits] < (1.6 if bits == 12 else 1.04) * want[bits]
+                assert got[bits] < (1.6 if bits == 12 else close) * want[bits]
 
 
 def test_store_of_views_and_of_16_bit_planes(isa):

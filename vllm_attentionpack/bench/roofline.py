@@ -74,11 +74,11 @@ def decode(layer: LayerShape, requests: int, context: int, query_len: int = 1) -
     """One decode step from codes: `query_len` new tokens per request (more to verify drafts)."""
     layout = layer.layout()
     tokens = requests * query_len
-    key_rank, value_rank = (
+    key_columns, value_columns = (
         sum(getattr(group, kind).num_columns for group in layout.groups)
         for kind in ("key", "value")
     )
-    # Every query head meets the ranks of its own head group only.
+    # Every query head meets the columns of its own head group only.
     heads = layer.query_heads / len(layout.groups)
     latent = 2 * heads * layer.modalities  # bytes per dim of float16 query latents of a token
     dims = layer.heads_per_group * layer.head_size
@@ -88,18 +88,19 @@ def decode(layer: LayerShape, requests: int, context: int, query_len: int = 1) -
     return [
         Work(
             "absorb_query",
-            query_bytes + key_rank * (bases + tokens * latent),
-            tokens * key_rank * per_head_dims,
+            query_bytes + key_columns * (bases + tokens * latent),
+            tokens * key_columns * per_head_dims,
         ),
         Work(
             "paged_attention",
-            requests * context * layout.bytes_per_token + tokens * latent * (key_rank + value_rank),
-            tokens * context * 2.0 * heads * (key_rank + value_rank),
+            requests * context * layout.bytes_per_token
+            + tokens * latent * (key_columns + value_columns),
+            tokens * context * 2.0 * heads * (key_columns + value_columns),
         ),
         Work(
             "up_project",
-            value_rank * (bases + tokens * latent) + 2 * query_bytes,
-            tokens * value_rank * per_head_dims,
+            value_columns * (bases + tokens * latent) + 2 * query_bytes,
+            tokens * value_columns * per_head_dims,
         ),
     ]
 
@@ -108,12 +109,12 @@ def store(layer: LayerShape, tokens: int) -> Work:
     """Encoding of new tokens, K and V."""
     layout = layer.layout()
     dims = layer.heads_per_group * layer.head_size
-    rank = sum(group.key.num_columns + group.value.num_columns for group in layout.groups)
+    columns = sum(group.key.num_columns + group.value.num_columns for group in layout.groups)
     return Work(
         "store_kv",
         tokens * (layout.dense_bytes_per_token + layout.bytes_per_token)
-        + rank * dims * 2 * layer.modalities,
-        tokens * rank * 2.0 * dims,
+        + columns * dims * 2 * layer.modalities,
+        tokens * columns * 2.0 * dims,
     )
 
 
