@@ -9,6 +9,7 @@ time, to the unit whose weighted distortion falls most per quantum, which is wha
 """
 
 import heapq
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,21 +25,34 @@ from vllm_attentionpack.errors import BudgetError
 MAX_PAGE_SIZE_CLASSES = 4
 
 
-class _Step(NamedTuple):
-    """The fewest dims that can have codes of so many bits, and the quanta that they take."""
+#: Dims get their bits in runs of so many: a quantum of 8-bit columns, of which those of 12 and 10
+#: bits have one, too.
+_RUN = 8 * PLANE_QUANTUM // 8
+
+
+class _Width(NamedTuple):
+    """A number of bits that a dim's code can have, and the narrow plane with a column of it."""
 
     bits: int
-    dims: int
-    quanta: int
+    plane: int | None
+
+    @property
+    def run_bytes(self) -> int:
+        return self.bits * _RUN // 8
+
+    def after_run(self, state: tuple[int, ...]) -> tuple[int, ...]:
+        """How many runs the narrow planes hold beyond whole quanta when there is one more."""
+        return tuple(
+            (n + (bits == self.plane)) % runs
+            for n, (bits, runs) in zip(state, _RUNS_OF_QUANTUM.items(), strict=True)
+        )
 
 
-#: A pair takes part of two planes, the narrower of which decides how many dims are the fewest.
-_STEPS = tuple(
-    _Step(bits, dims := 8 * PLANE_QUANTUM // narrowest, bits * dims // (8 * PLANE_QUANTUM))
-    for bits, narrowest in ((12, 4), (10, 2), (8, 8), (4, 4), (2, 2))
-)
-#: What the dims of every step are multiples of: those of 8 bits that a quantum holds.
-_GRAIN = 8 * PLANE_QUANTUM // 8
+#: Bits of the planes whose quanta hold several runs, and how many.
+_RUNS_OF_QUANTUM = {bits: 8 * PLANE_QUANTUM // bits // _RUN for bits in (4, 2)}
+_WIDTHS = (_Width(12, 4), _Width(10, 2), _Width(8, None), _Width(4, 4), _Width(2, 2))
+#: Of `_Width.after_run`; columns end at whole quanta where all are zero.
+_STATES = tuple(itertools.product(*map(range, _RUNS_OF_QUANTUM.values())))
 
 
 @dataclass(frozen=True)
@@ -74,35 +88,39 @@ def unit_curve(variance: np.ndarray) -> UnitCurve:
     """
     if not variance.any():  # nothing to lose, and no rank is zero all the same
         return unit_curve(np.ones_like(variance)).priced(0.0)
-    dims = len(variance) // _GRAIN * _GRAIN
-    tail = np.append(np.cumsum(variance[::-1])[::-1], 0.0)  # of what begins with each dim
-    places = quanta = dims // _GRAIN + 1
-    # best[p, q]: of the dims from p grains on, with at most q quanta, by the widths seen so far
-    best = np.repeat(tail[: dims + 1 : _GRAIN, None], quanta, axis=1)
+    dims = len(variance) // _RUN * _RUN
+    tail = np.append(np.cumsum(variance[::-1])[::-1], 0.0)[: dims + 1 : _RUN]  # from each run on
+    # best[state][run, bytes]: of the dims from a run on, with at most so many bytes, by the widths
+    # seen so far, where the runs before have left the narrow planes in that state
+    best = {
+        state: np.full((len(tail), PLANE_QUANTUM * (len(tail) - 1) + 1), np.inf)
+        for state in _STATES
+    }
+    best[0, 0][:] = tail[:, None]
     taken = []
-    for step in reversed(_STEPS):  # narrow ones lie behind wide ones
-        left = step_and_distortion(step.bits)[1]
-        grains, best = step.dims // _GRAIN, best.copy()
-        better = np.zeros(best.shape, dtype=bool)
-        for p in range(places - 1 - grains, -1, -1):
-            at = p * _GRAIN
-            coded = left * (tail[at] - tail[at + step.dims])
-            spent = coded + best[p + grains, : -step.quanta]
-            better[p, step.quanta :] = spent < best[p, step.quanta :]
-            best[p, step.quanta :] = np.minimum(spent, best[p, step.quanta :])
+    for width in reversed(_WIDTHS):  # narrow ones lie behind wide ones
+        coded = step_and_distortion(width.bits)[1] * -np.diff(tail)
+        best = {state: table.copy() for state, table in best.items()}
+        better = {state: np.zeros(table.shape, dtype=bool) for state, table in best.items()}
+        size = width.run_bytes
+        for run, state in itertools.product(reversed(range(len(coded))), _STATES):
+            spent = coded[run] + best[width.after_run(state)][run + 1, :-size]
+            unspent = best[state][run, size:]
+            better[state][run, size:] = spent < unspent
+            np.minimum(spent, unspent, out=unspent)
         taken.append(better)
-    choices = tuple(_traced(taken[::-1], q) for q in range(quanta))
-    return UnitCurve(best[0], choices)
+    choices = tuple(_traced(taken[::-1], PLANE_QUANTUM * n) for n in range(len(tail)))
+    return UnitCurve(best[0, 0][0, ::PLANE_QUANTUM], choices)
 
 
-def _traced(taken: Sequence[np.ndarray], quanta: int) -> PlaneCounts:
-    """The plane counts that `unit_curve` found for so many quanta."""
-    p, dims = 0, {}
-    for step, chosen in zip(_STEPS, taken, strict=True):
-        first = p
-        while chosen[p, quanta]:
-            p, quanta = p + step.dims // _GRAIN, quanta - step.quanta
-        dims[step.bits] = (p - first) * _GRAIN
+def _traced(taken: Sequence[dict[tuple[int, ...], np.ndarray]], left: int) -> PlaneCounts:
+    """The plane counts that `unit_curve` found for so many bytes."""
+    state, run, dims = _STATES[0], 0, {}
+    for width, chosen in zip(_WIDTHS, taken, strict=True):
+        first = run
+        while chosen[state][run, left]:
+            state, run, left = width.after_run(state), run + 1, left - width.run_bytes
+        dims[width.bits] = (run - first) * _RUN
     n12, n10 = dims[12], dims[10]
     return PlaneCounts(n8=dims[8] + n12 + n10, n4=dims[4] + n12, n2=dims[2] + n10, n12=n12, n10=n10)
 
