@@ -62,8 +62,7 @@ class Fitted:
     def at(self, ratio: float) -> Assembled:
         assembled = self.assembler.at(ratio, sensitivity=self.sensitivity)
         if self.sensitivity is not None:
-            distortion = self.assembler.distortion(assembled)
-            self.predicted = predicted_kl(self.sensitivity, distortion)
+            self.predicted = predicted_kl(self.sensitivity, assembled.distortion)
         return assembled
 
 
@@ -200,6 +199,7 @@ class Setting:
         max_tokens: int | None = None,
         anchor_span: int | None = None,
         pre_rope: bool = False,
+        joint: bool = False,
     ) -> list[LayerStatistics]:
         """What `attentionpack calibrate` would gather; `anchor_span` in place of the setting's."""
         span = self.anchor_span if anchor_span is None else anchor_span
@@ -207,7 +207,7 @@ class Setting:
         plain = items is None and max_tokens is None
         collector = self._collector if plain else None
         if collector is None:
-            (collector,) = self.llm.apply_model(lambda m: Collector.install(m, whole))
+            (collector,) = self.llm.apply_model(lambda m: Collector.install(m, whole, joint=True))
             chosen = self.dataset.items if items is None else tuple(items)
             taken, limit = collector, max_tokens or self.calibration_tokens
             feed(
@@ -228,10 +228,14 @@ class Setting:
             moments = recorder.moments.finalize(max_context, modalities, anchors)
             gram = output_gram(recorder.site, torch.float32)
             layer = recorder.layer
+            dims = group_size * layer.head_size
+            both = moments.joint
+            assert both is not None
             split = replace(
                 moments,
-                key=_split(moments.key, group_size * layer.head_size),
-                value=_split(moments.value, group_size * layer.head_size),
+                key=_split(moments.key, dims),
+                value=_split(moments.value, dims),
+                joint=_split_joint(both, dims) if joint else None,
             )
             result.append(LayerStatistics(layer.layer_name, layer.impl.scale, split, gram, anchors))
         return result
@@ -253,10 +257,16 @@ class Setting:
         modalities: int | None = None,
         anchor_span: int | None = None,
         pre_rope: bool = False,
+        joint: bool = False,
     ) -> Assembler:
         modalities = modalities or self.modalities
         statistics = self.statistics(
-            group_size, max_context, modalities, anchor_span=anchor_span, pre_rope=pre_rope
+            group_size,
+            max_context,
+            modalities,
+            anchor_span=anchor_span,
+            pre_rope=pre_rope,
+            joint=joint,
         )
         return Assembler(statistics, group_size, REGULARIZATION)
 
@@ -295,8 +305,8 @@ class Setting:
             if make is None
             else make(assembled)
         )
-        distortion = assembler.distortion(assembled)
-        return Fitted(assembler, measure_sensitivity(simulator, codec, distortion, lambda _: None))
+        sensitivity = measure_sensitivity(simulator, codec, assembled.distortion, lambda _: None)
+        return Fitted(assembler, sensitivity)
 
 
 def _split(moments: GroupMoments, dims: int) -> GroupMoments:
@@ -304,6 +314,14 @@ def _split(moments: GroupMoments, dims: int) -> GroupMoments:
     blocks = moments.second[:, 0].unflatten(2, (-1, dims)).unflatten(1, (-1, dims))
     own = blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
     return GroupMoments(own, moments.mean[:, 0].unflatten(1, (-1, dims)))
+
+
+def _split_joint(moments: GroupMoments, dims: int) -> GroupMoments:
+    """The same of joint keys and values: of each group `dims` dims of either."""
+    whole = moments.mean.shape[-1] // 2
+    order = torch.arange(2 * whole).view(2, -1, dims).transpose(0, 1).flatten()
+    ordered = GroupMoments(moments.second[..., order, :][..., order], moments.mean[..., order])
+    return _split(ordered, 2 * dims)
 
 
 def store(path: Path, setting: Setting, table: Table, options: Mapping[str, Any]) -> None:

@@ -151,7 +151,7 @@ def test_a_layer_without_output_takes_no_bytes_from_the_others() -> None:
     smallest = assembler.budget.fixed_bytes + 2 * N * PLANE_QUANTUM
     assert assembled.headers[0].bytes_per_token == smallest
     assert assembled.headers[1].bytes_per_token == assembler.budget.bytes_per_token(16) - smallest
-    lost = assembler.distortion(assembled)
+    lost = assembled.distortion
     assert lost[0, "key"] == lost[0, "value"] == 0 < lost[1, "key"]
     for pack in assembled.packs:
         for bases in pack.bases:

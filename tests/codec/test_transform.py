@@ -50,7 +50,7 @@ def test_measured_distortion_is_what_the_spectrum_predicts(counts):
     data = gaussian(TOKENS, DIMS, 0.08, generator)
     metric = torch.stack([spd(DIMS // 2, generator) for _ in range(2)])
     second, mean = moments(data[None])
-    principal = principal_basis(second, mean, torch.tensor([TOKENS]), metric, 1e-9)
+    principal = principal_basis(second, mean, torch.tensor([TOKENS]), [metric], 1e-9)
     distortion = torch.tensor(
         [step_and_distortion(b)[1] for b, n in counts.dims_by_bits.items() for _ in range(n)]
         + [1.0] * (DIMS - counts.rank)
@@ -71,7 +71,7 @@ def test_planted_low_rank_is_found():
     data = torch.randn(TOKENS, 12, generator=generator, dtype=torch.float64) @ factor
     second, mean = moments(data[None])
     metric = torch.eye(DIMS // 2, dtype=torch.float64).expand(2, -1, -1)
-    principal = principal_basis(second, mean, torch.tensor([TOKENS]), metric, 1e-9)
+    principal = principal_basis(second, mean, torch.tensor([TOKENS]), [metric], 1e-9)
     spectrum = principal.spectrum
     assert spectrum[:12].sum() / spectrum.sum() > 1 - 1e-9
 
@@ -81,7 +81,7 @@ def test_encode_and_decode_are_inverse_at_full_rank():
     data = gaussian(TOKENS, DIMS, 0.1, generator)
     second, mean = moments(data[None])
     metric = torch.stack([spd(DIMS // 2, generator) for _ in range(2)])
-    principal = principal_basis(second, mean, torch.tensor([TOKENS]), metric, 1e-3)
+    principal = principal_basis(second, mean, torch.tensor([TOKENS]), [metric], 1e-3)
     product = principal.encode[0] @ principal.decode[0]
     assert torch.allclose(product, torch.eye(DIMS, dtype=torch.float64), atol=1e-6)
 
@@ -99,7 +99,7 @@ def test_metric_moves_precision_to_what_queries_read():
     errors = []
     for metric in (plain, weighted):
         codec = PlaneCodec(
-            principal_basis(second, mean, count, metric, 1e-9).truncate(counts), counts
+            principal_basis(second, mean, count, [metric], 1e-9).truncate(counts), counts
         )
         codes, scale = codec.encode(data, None)
         back = codec.reconstruct(codes, scale, torch.zeros(TOKENS, dtype=torch.bool))
@@ -114,7 +114,7 @@ def test_scarce_modality_leans_on_the_pooled_covariance():
     second = torch.stack([m[0] for m in moments_of])
     mean = torch.stack([m[1] for m in moments_of])
     metric = torch.eye(DIMS, dtype=torch.float64)[None]
-    principal = principal_basis(second, mean, torch.tensor([TOKENS, 3]), metric, 1e-3)
+    principal = principal_basis(second, mean, torch.tensor([TOKENS, 3]), [metric], 1e-3)
     assert torch.isfinite(principal.encode).all()
     assert principal.variance[1].gt(0).sum() == DIMS  # three tokens alone would span two dims
     assert principal.share.tolist() == pytest.approx([TOKENS / (TOKENS + 3), 3 / (TOKENS + 3)])

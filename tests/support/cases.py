@@ -24,7 +24,7 @@ def fitted_basis(
     metric = torch.eye(dims, dtype=torch.float64).expand(heads, dims, dims)
     second = data.mT @ data / data.shape[1]
     count = torch.full((data.shape[0],), data.shape[1])
-    basis = principal_basis(second, data.mean(1), count, metric, regularization)
+    basis = principal_basis(second, data.mean(1), count, [metric], regularization)
     return basis.truncate(counts)
 
 

@@ -18,7 +18,7 @@ nor one that writes much fed for it.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from vllm_attentionpack.codec.layout import (
     SCALE_BYTES,
     Kind,
     PlaneCounts,
+    units_of,
 )
 from vllm_attentionpack.codec.positions import Anchors
 from vllm_attentionpack.codec.transform import PrincipalBasis, principal_basis
@@ -47,6 +48,13 @@ from vllm_attentionpack.packfile.schema import (
 
 #: Measured on the reference VLM (docs/log.md): flat between 0.1 and 0.3.
 KEY_PRICE = 0.15
+
+
+#: Of joint kinds, errors of either are worth at least this fraction of what the other's are.
+_LEAST_PRICE = 1e-6
+
+#: The keys or the values of a layer.
+Part = tuple[int, Kind]
 
 
 @dataclass(frozen=True)
@@ -81,15 +89,17 @@ class Budget:
     num_kv_heads: int
     head_size: int
     heads_per_group: int
+    joint: bool = False
 
     @property
-    def num_groups(self) -> int:
-        return self.num_kv_heads // self.heads_per_group
+    def num_units(self) -> int:
+        """Of a layer: head groups of K and V, or of both at once where they are joint."""
+        return self.num_kv_heads // self.heads_per_group * len(units_of(self.joint))
 
     @property
     def fixed_bytes(self) -> int:
         """Bytes per token and layer that are not codes."""
-        return self.num_groups * len(KINDS) * SCALE_BYTES
+        return self.num_units * SCALE_BYTES
 
     @property
     def dense_bytes(self) -> int:
@@ -98,9 +108,8 @@ class Budget:
 
     def ratio_range(self) -> tuple[float, float]:
         """The smallest ratio (a byte for every dim) and the largest (one quantum per K and V)."""
-        units = self.num_groups * len(KINDS)
-        most = units * self.heads_per_group * self.head_size + self.fixed_bytes
-        least = units * PLANE_QUANTUM + self.fixed_bytes
+        most = len(KINDS) * self.num_kv_heads * self.head_size + self.fixed_bytes
+        least = self.num_units * PLANE_QUANTUM + self.fixed_bytes
         return (
             self.dense_bytes / (self.num_layers * most),
             self.dense_bytes / (self.num_layers * least),
@@ -139,10 +148,16 @@ def check_weights(layer_weights: Sequence[float] | None, num_layers: int) -> Non
 
 @dataclass(frozen=True)
 class Assembled:
-    """Ranks, bits and bases of all layers."""
+    """Ranks, bits and bases of all layers.
+
+    Attributes:
+        distortion: what the statistics foretell of each layer's keys and values, over its output
+            energy.
+    """
 
     headers: tuple[LayerHeader, ...]
     packs: list[LayerPack]
+    distortion: dict[Part, float]
     heads_per_group: int
     head_size: int
 
@@ -154,6 +169,47 @@ class Assembled:
             ).to(device)
             for header, pack in zip(self.headers, self.packs, strict=True)
         ]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is coded together: the keys or the values of a head group, or both.
+
+    Attributes:
+        kinds: which.
+        basis: by the metrics of `layer_bases` times `prices`.
+        prices: of an error in each kind.
+        curve: in units of the layer's output energy, at these prices.
+    """
+
+    kinds: tuple[Kind, ...]
+    basis: PrincipalBasis
+    prices: tuple[float, ...]
+    curve: UnitCurve
+
+    @classmethod
+    def of(cls, kinds: tuple[Kind, ...], basis: PrincipalBasis, energy: float) -> "Unit":
+        """At prices of one."""
+        curve = unit_curve(basis.spectrum.numpy() / energy)
+        return cls(kinds, basis, (1.0,) * len(kinds), curve)
+
+    def priced(self, prices: tuple[float, ...], energy: float) -> "Unit":
+        """The same where errors are worth so much."""
+        if len(self.kinds) == 1:
+            return replace(self, prices=prices, curve=self.curve.priced(*prices))
+        # what is worth nothing could not be whitened
+        floor = max(_LEAST_PRICE * max(prices), torch.finfo(torch.float32).tiny)
+        prices = tuple(max(price, floor) for price in prices)
+        repeats = len(self.basis.root) // len(prices)
+        basis = self.basis.priced([price for price in prices for _ in range(repeats)])
+        return replace(Unit.of(self.kinds, basis, energy), prices=prices)
+
+    def distortion(self, counts: PlaneCounts, energy: float) -> dict[Kind, float]:
+        """What the statistics foretell of each kind, over the layer's output energy, unpriced."""
+        errors = self.basis.errors(counts).unflatten(0, (len(self.kinds), -1)).sum(1) / energy
+        if len(self.kinds) > 1:  # else the basis has no price
+            errors = errors / torch.tensor(self.prices, dtype=torch.float64)
+        return dict(zip(self.kinds, errors.tolist(), strict=True))
 
 
 class Assembler:
@@ -171,36 +227,52 @@ class Assembler:
     ) -> None:
         self.names: list[str] = []
         self.anchors: list[Anchors | None] = []
-        self.bases: list[list[dict[Kind, PrincipalBasis]]] = []
         self.output_energies: list[float] = []
-        #: Of each layer, key and value of each group in turn; in units of the layer's own output.
-        self._curves: list[list[UnitCurve]] = []
-        head_size = 0
+        #: Of each layer, the units of each group in turn.
+        self.units: list[list[Unit]] = []
+        head_size, num_groups, joint = 0, 0, False
         for layer in layers:
-            bases, energy = (
-                layer_bases(layer, heads_per_group, regularization),
-                output_energy(layer),
-            )
+            energy = output_energy(layer)
             self.names.append(layer.name)
             self.anchors.append(layer.anchors)
-            self.bases.append(bases)
             self.output_energies.append(energy)
-            self._curves.append(
+            groups = layer_bases(layer, heads_per_group, regularization)
+            self.units.append(
                 [
-                    unit_curve(group[kind].spectrum.numpy() / energy)
-                    for group in bases
-                    for kind in KINDS
+                    Unit.of(kinds, basis, energy)
+                    for group in groups
+                    for kinds, basis in group.items()
                 ]
             )
-            head_size = layer.head_size
-        num_kv_heads = len(self.bases[0]) * heads_per_group
-        self.budget = Budget(len(self.names), num_kv_heads, head_size, heads_per_group)
+            head_size, num_groups = layer.head_size, len(groups)
+            joint = layer.moments.joint is not None
+        self.budget = Budget(
+            len(self.names), num_groups * heads_per_group, head_size, heads_per_group, joint
+        )
+        self._priced: tuple[Mapping[Part, float], list[list[Unit]]] | None = None
+
+    def units_at(self, sensitivity: "Mapping[Part, float] | None") -> list[list[Unit]]:
+        """`units` at these prices of each layer's keys and values; the last ones are kept."""
+        if sensitivity is None:
+            return self.units
+        if self._priced is None or self._priced[0] is not sensitivity:
+            priced = [
+                [
+                    unit.priced(tuple(sensitivity[i, kind] for kind in unit.kinds), energy)
+                    for unit in units
+                ]
+                for i, (units, energy) in enumerate(
+                    zip(self.units, self.output_energies, strict=True)
+                )
+            ]
+            self._priced = sensitivity, priced
+        return self._priced[1]
 
     def at(
         self,
         ratio: float,
         layer_weights: Sequence[float] | None = None,
-        sensitivity: Mapping[tuple[int, Kind], float] | None = None,
+        sensitivity: Mapping[Part, float] | None = None,
         max_page_sizes: int = MAX_PAGE_SIZE_CLASSES,
     ) -> Assembled:
         """Chooses ranks and bits.
@@ -221,36 +293,23 @@ class Assembler:
         bytes_per_token = self.budget.bytes_per_token(ratio)
         check_weights(layer_weights, num_layers)
         weights = list(layer_weights) if layer_weights is not None else [1.0] * num_layers
-        curves = self._curves
-        if sensitivity is not None:
-            curves = [
-                [
-                    curve.priced(sensitivity[i, KINDS[j % len(KINDS)]])
-                    for j, curve in enumerate(units)
-                ]
-                for i, units in enumerate(curves)
-            ]
+        units = self.units_at(sensitivity)
+        curves = [[unit.curve for unit in of_layer] for of_layer in units]
         fixed = [self.budget.fixed_bytes] * num_layers
         chosen = allocate(curves, weights, bytes_per_token, fixed, max_page_sizes)
         headers, packs = [], []
-        for name, of_layer, anchors, (counts, size) in zip(
-            self.names, self.bases, self.anchors, chosen, strict=True
-        ):
-            header, pack = _layer(name, of_layer, anchors, counts, size)
+        distortion: dict[Part, float] = {}
+        for i, (counts, size) in enumerate(chosen):
+            header, pack = _layer(self.names[i], units[i], self.anchors[i], counts, size)
             headers.append(header)
             packs.append(pack)
-        return Assembled(tuple(headers), packs, self.budget.heads_per_group, self.budget.head_size)
-
-    def distortion(self, assembled: Assembled) -> dict[tuple[int, Kind], float]:
-        """What the statistics foretell of each layer's keys and values, over its output energy."""
-        result: dict[tuple[int, Kind], float] = {}
-        for i, (header, units) in enumerate(zip(assembled.headers, self._curves, strict=True)):
-            curves = iter(units)
-            for group in header.groups:
-                for kind in KINDS:
-                    spent = next(curves).distortion_of(getattr(group, kind).counts())
-                    result[i, kind] = result.get((i, kind), 0.0) + spent
-        return result
+            for unit, spent in zip(units[i], counts, strict=True):
+                for kind, lost in unit.distortion(spent, self.output_energies[i]).items():
+                    distortion[i, kind] = distortion.get((i, kind), 0.0) + lost
+        budget = self.budget
+        return Assembled(
+            tuple(headers), packs, distortion, budget.heads_per_group, budget.head_size
+        )
 
 
 def assemble(
@@ -270,20 +329,21 @@ def assemble(
 
 def layer_bases(
     layer: LayerStatistics, heads_per_group: int, regularization: float
-) -> list[dict[Kind, PrincipalBasis]]:
-    """The key and value bases of every head group of one layer."""
+) -> list[dict[tuple[Kind, ...], PrincipalBasis]]:
+    """Of every head group of one layer the basis of what is coded together."""
     metrics = {"key": key_metric(layer), "value": value_metric(layer)}
+    moments = layer.moments
     result = []
-    for g in range(layer.moments.key.mean.shape[1]):
+    for g in range(moments.key.mean.shape[1]):
         heads = slice(g * heads_per_group, (g + 1) * heads_per_group)
-        group: dict[Kind, PrincipalBasis] = {}
-        for kind in KINDS:
-            moments = getattr(layer.moments, kind)
-            group[kind] = principal_basis(
-                moments.second[:, g],
-                moments.mean[:, g],
-                layer.moments.count,
-                metrics[kind][heads],
+        group: dict[tuple[Kind, ...], PrincipalBasis] = {}
+        for kinds in units_of(moments.joint is not None):
+            coded = moments.joint or getattr(moments, kinds[0])
+            group[kinds] = principal_basis(
+                coded.second[:, g],
+                coded.mean[:, g],
+                moments.count,
+                [metrics[kind][heads] for kind in kinds],
                 regularization,
             )
         result.append(group)
@@ -336,20 +396,27 @@ def _by_kv_head(per_query_head: Tensor, layer: LayerStatistics) -> Tensor:
 
 def _layer(
     name: str,
-    bases: list[dict[Kind, PrincipalBasis]],
+    units: Sequence[Unit],
     anchors: Anchors | None,
-    counts: list[PlaneCounts],
+    counts: Sequence[PlaneCounts],
     size: int,
 ) -> tuple[LayerHeader, LayerPack]:
-    """`counts` in the order of the units: key and value of each group in turn."""
-    units = iter(counts)
+    """`counts` in the order of the units."""
     groups, truncated, variance = [], [], []
-    for group in bases:
-        chosen: dict[Kind, PlaneCounts] = {kind: next(units) for kind in KINDS}
-        groups.append(GroupHeader(**{kind: PlaneHeader.of(chosen[kind]) for kind in KINDS}))
-        kept: dict[Kind, Basis] = {kind: group[kind].truncate(chosen[kind]) for kind in KINDS}
+    joint = len(units[0].kinds) > 1
+    per_group = len(units_of(joint))
+    for first in range(0, len(units), per_group):
+        planes: dict[Kind, PlaneHeader] = {}
+        kept: dict[Kind, Basis] = {}
+        spectra: dict[Kind, Tensor] = {}
+        for unit, spent in zip(units[first:][:per_group], counts[first:], strict=False):
+            basis = unit.basis.truncate(spent)
+            parts = basis.split(basis.mean.shape[1] // 2) if joint else (basis,)
+            for kind, part in zip(unit.kinds, parts, strict=True):
+                planes[kind], kept[kind] = PlaneHeader.of(spent), part
+                spectra[kind] = unit.basis.variance.float()
+        groups.append(GroupHeader(**planes, joint=joint))
         truncated.append(kept)
-        spectra: dict[Kind, Tensor] = {kind: group[kind].variance.float() for kind in KINDS}
         variance.append(spectra)
     header = LayerHeader(
         name=name, bytes_per_token=size, groups=tuple(groups), rotary=RotaryHeader.of(anchors)

@@ -62,6 +62,7 @@ class LayerRecorder:
         rotary: how its rotary module turns, None without one.
         watch: of that module; layers may share it.
         heads_per_group: `G`.
+        joint: see `MomentAccumulator`.
     """
 
     def __init__(
@@ -70,12 +71,14 @@ class LayerRecorder:
         rotary: Rotary | None,
         watch: _PositionWatch | None,
         heads_per_group: int,
+        joint: bool,
     ) -> None:
         self.site = site
         self.layer: Attention = site.layer
         self._rotary = rotary
         self._watch = watch
         self._heads_per_group = heads_per_group
+        self._joint = joint
         self.moments: MomentAccumulator | None = None
 
     @torch.inference_mode()
@@ -110,6 +113,7 @@ class LayerRecorder:
             self.layer.head_size,
             self._heads_per_group,
             self._rotary if positions is not None else None,
+            self._joint,
         )
 
 
@@ -123,14 +127,19 @@ class Collector:
 
     @classmethod
     def install(
-        cls, model: nn.Module, group_size: int | str, auto_dims: int = MAX_AUTO_GROUP_DIMS
+        cls,
+        model: nn.Module,
+        group_size: int | str,
+        auto_dims: int = MAX_AUTO_GROUP_DIMS,
+        joint: bool = False,
     ) -> "Collector":
         """Puts a recorder on every attention layer.
 
         Args:
             model: a loaded model whose layers use the statistics backend.
             group_size: `G`, or `auto`.
-            auto_dims: joint dims at most, with `auto`.
+            auto_dims: dims of a head group at most, with `auto`.
+            joint: see `MomentAccumulator`.
 
         Raises:
             UnsupportedModelError: see `attention_sites` and `rotary_of`.
@@ -149,7 +158,7 @@ class Collector:
                         _PositionWatch(site.rotary),
                     )
                 rotary, watch = watches[id(site.rotary)]
-            recorder = LayerRecorder(site, rotary, watch, heads_per_group)
+            recorder = LayerRecorder(site, rotary, watch, heads_per_group, joint)
             setattr(site.layer, RECORDER, recorder)
             recorders.append(recorder)
         return cls(recorders, [watch for _, watch in watches.values()], heads_per_group)

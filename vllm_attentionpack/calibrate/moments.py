@@ -13,7 +13,8 @@ layers::
     layers * (modalities * 2 * (Hk / G) * G (G + 1) / 2 * D**2 + Hq * D**2) * 4
 
 which is 0.36 GB for 32 layers, 32 query and 8 KV heads x 128, G = 8 and two modalities, and 1.3 GB
-for 32 KV heads at G = 8.
+for 32 KV heads at G = 8. What keys and values have in common, which joint ones need, makes blocks
+of 2 G heads instead of two of G: 0.37 and 1.3 GB at G = 4, which `auto` then takes.
 """
 
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ class LayerMoments:
         key: of the keys as they are coded, at any position below `num_positions` or, relative to
             an anchor, of one span.
         value: of the values.
+        joint: of both, `2 GD` dims, keys first; None where they were not gathered together.
         query: float64 `[Hq, D, D]`, `E[q qᵀ]` over all tokens and positions below `num_positions`.
         count: int64 `[M]`, tokens of each modality.
     """
@@ -74,16 +76,20 @@ class LayerMoments:
     value: GroupMoments
     query: Tensor
     count: Tensor
+    joint: GroupMoments | None = None
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """Sums over the tokens of one modality, of keys then values; mutated in place.
+    """Sums over the tokens of one modality; mutated in place.
+
+    `U` units of `B` heads: the `n` head groups of the keys, then those of the values, of `G` heads
+    each; or, joint, `n` of `2 G` heads, keys first.
 
     Attributes:
-        shift: float32 `[2n, GD]`, subtracted from every token.
-        second: float32 `[2n, G (G + 1) / 2, D, D]`, the upper blocks of the second sums.
-        first: float64 `[2n, GD]`.
+        shift: float32 `[U, B * D]`, subtracted from every token.
+        second: float32 `[U, B (B + 1) / 2, D, D]`, the upper blocks of the second sums.
+        first: float64 `[U, B * D]`.
     """
 
     shift: Tensor
@@ -105,6 +111,7 @@ class MomentAccumulator:
         head_size: `D`.
         heads_per_group: `G`, a divisor of `Hk`.
         rotary: how the layer turns keys and queries; None if it does not.
+        joint: whether to gather what keys and values have in common.
     """
 
     def __init__(
@@ -114,13 +121,16 @@ class MomentAccumulator:
         head_size: int,
         heads_per_group: int,
         rotary: Rotary | None,
+        joint: bool = False,
     ) -> None:
         self.head_size = head_size
         self.rotary = rotary
         self.count = torch.zeros(_MODALITIES, dtype=torch.int64)
         self._groups = num_kv_heads // heads_per_group
         self._dims = heads_per_group * head_size
-        self._blocks = torch.triu_indices(heads_per_group, heads_per_group)
+        self._joint = joint
+        unit_heads = heads_per_group * (2 if joint else 1)
+        self._blocks = torch.triu_indices(unit_heads, unit_heads)
         self._query = torch.zeros(num_query_heads, head_size, head_size)
         # per modality, once tokens of it are seen
         self._sums: list[_Sums | None] = [None] * _MODALITIES
@@ -157,8 +167,7 @@ class MomentAccumulator:
     def _add_modality(self, modality: int, key: Tensor, value: Tensor) -> None:
         if len(key) == 0:
             return
-        # [2n, T, GD]: the head groups of the keys, then those of the values
-        x = torch.cat([self._grouped(key), self._grouped(value)])
+        x = torch.cat([self._grouped(key), self._grouped(value)], dim=-1 if self._joint else 0)
         sums = self._sums[modality]
         if sums is None:
             sums = self._sums[modality] = _Sums.zero(x.mean(1).cpu(), self._blocks, self.head_size)
@@ -171,22 +180,23 @@ class MomentAccumulator:
         return x.float().reshape(len(x), self._groups, self._dims).transpose(0, 1)
 
     def _packed(self, square: Tensor) -> Tensor:
-        """`[2n, GD, GD]` -> the upper blocks `[2n, G (G + 1) / 2, D, D]`."""
+        """`[U, B * D, B * D]` -> the upper blocks `[U, B (B + 1) / 2, D, D]`."""
         size = self.head_size
         blocks = square.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3)
         return blocks[:, self._blocks[0], self._blocks[1]]
 
     def _moments(self, modality: int) -> tuple[Tensor, Tensor]:
-        """float64 sums over tokens: second `[2n, GD, GD]` and first `[2n, GD]`."""
+        """float64 sums over tokens: second `[U, B * D, B * D]` and first `[U, B * D]`."""
         sums, count = self._sums[modality], self.count[modality]
         assert sums is not None
         upper, lower = self._blocks
-        size, heads = self.head_size, self._dims // self.head_size
+        size, dims = self.head_size, sums.first.shape[1]
+        heads = dims // size
         blocks = torch.empty(len(sums.first), heads, heads, size, size, dtype=torch.float64)
         packed = sums.second.double()
         blocks[:, lower, upper] = packed.mT
         blocks[:, upper, lower] = packed
-        second = blocks.transpose(2, 3).reshape(-1, self._dims, self._dims)
+        second = blocks.transpose(2, 3).reshape(-1, dims, dims)
         shift, first = sums.shift.double(), sums.first
         cross = first[:, :, None] * shift[:, None, :]
         second += cross + cross.mT + count * shift[:, :, None] * shift[:, None, :]
@@ -228,13 +238,18 @@ class MomentAccumulator:
             firsts = torch.stack([first for _, first in seen])
         seconds = seconds / count[:, None, None, None]
         firsts = firsts / count[:, None, None]
-        n = self._groups
-        key = self._turned(
+        n, dims, joint = self._groups, self._dims, None
+        turned = self._turned(
             GroupMoments(seconds[:, :n], firsts[:, :n]),
             anchors.drift if anchors else self.rotary,
             min(anchors.span, num_positions) if anchors else num_positions,
         )
-        value = GroupMoments(seconds[:, n:], firsts[:, n:])
+        if self._joint:
+            joint = turned
+            key = GroupMoments(joint.second[..., :dims, :dims], joint.mean[..., :dims])
+            value = GroupMoments(joint.second[..., dims:, dims:], joint.mean[..., dims:])
+        else:
+            key, value = turned, GroupMoments(seconds[:, n:], firsts[:, n:])
         query = torch.stack(
             [
                 average_over_positions(
@@ -243,7 +258,7 @@ class MomentAccumulator:
                 for head in self._query.double() / self.count.sum()
             ]
         )
-        return LayerMoments(key, value, query, count)
+        return LayerMoments(key, value, query, count, joint)
 
     def _turned(
         self, moments: GroupMoments, rotary: Rotary | None, num_positions: int
@@ -257,5 +272,6 @@ class MomentAccumulator:
                     rotary,
                     num_positions,
                     self.head_size,
+                    self._dims // self.head_size,
                 )
         return GroupMoments(second, mean)

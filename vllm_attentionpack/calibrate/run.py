@@ -180,7 +180,7 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
             sensitivity = measure_sensitivity(
                 simulator,
                 PackCodec(shape, assembled.codecs(simulator.device), exact),
-                assembler.distortion(assembled),
+                assembled.distortion,
                 lambda fraction: progress(fraction, simulator.tokens),
             )
 
@@ -201,7 +201,7 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
         )
         foretold = None
         if sensitivity is not None:
-            foretold = predicted_kl(sensitivity, assembler.distortion(assembled))
+            foretold = predicted_kl(sensitivity, assembled.distortion)
         return Candidate(Pack(header, assembled.packs), foretold)
 
     if not settings.validates:

@@ -1,6 +1,6 @@
 """One layer's codec: bases and layout, ready to encode tokens into latents and back."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ class Basis:
     Latents are measured in quantiser steps: the code of a token with scale `s` stands for
     `s * (code - zero_point)`. `R` counts columns (`codec.layout`). A dim that is a pair of them has
     the steps of its whole code: both columns encode it alike, and that of the high part decodes by
-    a larger unit.
+    a larger unit. Joint keys and values have one latent, the sum of what either basis encodes.
 
     Attributes:
         mean: float32 `[M, GD]`. Never stored per token: a constant in every key shifts all logits
@@ -43,6 +43,15 @@ class Basis:
     @property
     def num_modalities(self) -> int:
         return self.mean.shape[0]
+
+    def split(self, dims: int) -> "tuple[Basis, Basis]":
+        """Of joint tokens that have keys in the first `dims` dims and values in the others."""
+        keys, values = slice(dims), slice(dims, None)
+        first, second = (
+            Basis(self.mean[:, of], self.encode[:, of], self.decode[:, :, of], self.weight)
+            for of in (keys, values)
+        )
+        return first, second
 
     def to(self, device: torch.device) -> "Basis":
         return Basis(*(tensor.to(device) for tensor in self.tensors().values()))
@@ -84,33 +93,32 @@ class PlaneCodec:
         self._source = per_column((first[column.dim] for column in columns), torch.int64)
 
     def encode(self, x: Tensor, visual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Codes and scales of tokens.
+        """Codes and scales of tokens whose codes are of nothing else; see `GroupCodec.encode`."""
+        return self.quantize(self.project(x, visual), visual)
 
-        Args:
-            x: `[T, GD]` keys or values of the head group, any float dtype.
-            visual: bool `[T]`, True for visual tokens; None when all are text. Ignored by a codec
-                of one modality.
-
-        Returns:
-            codes `[T, R]`, float32 whole numbers (bfloat16-valued latents in 16-bit planes), and
-            float32 scales `[T]` that are exactly representable in one byte.
-        """
+    def project(self, x: Tensor, visual: Tensor | None) -> Tensor:
+        """Latents `[T, R]`, float32; see `GroupCodec.encode` for the arguments."""
         basis, x = self.basis, x.float()
         latent = (x - basis.mean[0]) @ basis.encode[0]
-        weight = basis.weight[0]
         if visual is not None and basis.num_modalities == 2:
             other = (x - basis.mean[1]) @ basis.encode[1]
             latent = torch.where(visual[:, None], other, latent)
-            weight = basis.weight[visual.long()]
+        return latent
+
+    def quantize(self, latent: Tensor, visual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Codes and scales of latents `[T, R]`; see `GroupCodec.encode`."""
         if self.exact:
-            return latent, torch.ones(len(x), device=x.device)
+            return latent, torch.ones(len(latent), device=latent.device)
+        weight = self.basis.weight[0]
+        if visual is not None and self.basis.num_modalities == 2:
+            weight = self.basis.weight[visual.long()]
         latent = latent[:, self._source]
         scale = choose_scale(latent, self.whole_zero_point, self.step, weight)
         whole = to_codes(latent, scale, self.whole_zero_point)
         return torch.floor(whole / torch.exp2(self.shift)) % self._levels, scale
 
     def reconstruct(self, codes: Tensor, scale: Tensor, visual: Tensor) -> Tensor:
-        """The tokens that codes stand for, float32 `[T, GD]`; see `encode` for the arguments."""
+        """The tokens that codes stand for, float32 `[T, GD]`; see `GroupCodec.encode`."""
         return self.rebuild((codes - self.zero_point) * scale[:, None], visual)
 
     def rebuild(self, latent: Tensor, visual: Tensor) -> Tensor:
@@ -125,10 +133,32 @@ class PlaneCodec:
 
 @dataclass(frozen=True)
 class GroupCodec:
-    """The key and value codecs of one head group."""
+    """The key and value codecs of one head group; `joint` as in its layout."""
 
     key: PlaneCodec
     value: PlaneCodec
+    joint: bool
+
+    def encode(
+        self, x: Mapping[Kind, Tensor], visual: Tensor | None
+    ) -> dict[Kind, tuple[Tensor, Tensor]]:
+        """Codes and scales of tokens, the same for keys and values where they are joint.
+
+        Args:
+            x: keys and values of the head group, `[T, GD]` each, any float dtype.
+            visual: bool `[T]`, True for visual tokens; None when all are text. Ignored by a codec
+                of one modality.
+
+        Returns:
+            Of each kind codes `[T, R]`, float32 whole numbers (bfloat16-valued latents in 16-bit
+            planes), and float32 scales `[T]` that are exactly representable in one byte.
+        """
+        if not self.joint:
+            key, value = self.key.encode(x["key"], visual), self.value.encode(x["value"], visual)
+            return {"key": key, "value": value}
+        latent = self.key.project(x["key"], visual) + self.value.project(x["value"], visual)
+        codes = self.key.quantize(latent, visual)
+        return {"key": codes, "value": codes}
 
 
 class LayerCodec:
@@ -152,7 +182,11 @@ class LayerCodec:
         self.layout = layout
         self.anchors = anchors
         self.groups = [
-            GroupCodec(*(PlaneCodec(basis[kind], getattr(group, kind)) for kind in KINDS))
+            GroupCodec(
+                PlaneCodec(basis["key"], group.key),
+                PlaneCodec(basis["value"], group.value),
+                group.joint,
+            )
             for basis, group in zip(bases, layout.groups, strict=True)
         ]
 

@@ -152,14 +152,36 @@ class PlaneCounts:
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """Plane counts of one head group."""
+    """Plane counts of one head group.
+
+    Attributes:
+        key: of the planes that keys are read from.
+        value: that values are read from.
+        joint: whether these are the same planes: keys and values then share latents, as in
+            multi-head latent attention (DeepSeek-V2, section 2.1.2), and their scale.
+    """
 
     key: PlaneCounts
     value: PlaneCounts
+    joint: bool = False
+
+    def __post_init__(self) -> None:
+        if self.joint and self.key != self.value:
+            raise ValueError(f"joint keys and values have the same planes, got {self}")
+
+    @property
+    def units(self) -> tuple[tuple[Kind, ...], ...]:
+        """Which of K and V are coded together."""
+        return units_of(self.joint)
 
     @property
     def bytes_per_token(self) -> int:
-        return self.key.bytes_per_token + self.value.bytes_per_token + 2 * SCALE_BYTES
+        return sum(getattr(self, kinds[0]).bytes_per_token + SCALE_BYTES for kinds in self.units)
+
+
+def units_of(joint: bool) -> tuple[tuple[Kind, ...], ...]:
+    """Which of K and V are coded together, in the order of their bytes."""
+    return (KINDS,) if joint else tuple((kind,) for kind in KINDS)
 
 
 @dataclass(frozen=True)
@@ -200,10 +222,15 @@ class LayerLayout:
                 f"{self.bytes_per_token} bytes per token cannot hold the "
                 f"{self.content_bytes_per_token} bytes of the head groups"
             )
-        group_dims = self.heads_per_group * self.head_size
         for group in self.groups:
-            if max(group.key.rank, group.value.rank) > group_dims:
-                raise ValueError(f"a rank exceeds the {group_dims} dims of a head group: {group}")
+            coded_dims = self.group_dims * len(group.units[0])
+            if max(group.key.rank, group.value.rank) > coded_dims:
+                raise ValueError(f"a rank exceeds the {coded_dims} dims of a head group: {group}")
+
+    @property
+    def group_dims(self) -> int:
+        """Of the keys of a head group, and of its values: `GD`."""
+        return self.heads_per_group * self.head_size
 
     @cached_property
     def content_bytes_per_token(self) -> int:
@@ -229,23 +256,27 @@ class LayerLayout:
         return check_block_size(block_size) * self.bytes_per_token
 
     def planes(self, block_size: int) -> tuple[Plane, ...]:
-        """Every plane of a block of `block_size` tokens in the order of its bytes."""
-        check_block_size(block_size)
-        planes, offset = [], 0
+        """Every plane of a block of `block_size` tokens in the order of its bytes.
 
-        def add(group: int, kind: Kind, bits: int, dims: int, width: int) -> None:
+        Those of joint keys and values are there once for either, at the same offset.
+        """
+        check_block_size(block_size)
+        planes: list[Plane] = []
+        offset = 0
+
+        def add(group: int, kinds: tuple[Kind, ...], bits: int, dims: int, width: int) -> None:
             nonlocal offset
-            planes.append(Plane(group, kind, bits, dims, width, offset))
+            planes.extend(Plane(group, kind, bits, dims, width, offset) for kind in kinds)
             offset += width * block_size
 
         for g, group in enumerate(self.groups):
-            for kind in KINDS:
-                for bits, dims in getattr(group, kind):
+            for kinds in group.units:
+                for bits, dims in getattr(group, kinds[0]):
                     if dims:
-                        add(g, kind, bits, dims, bits * dims // 8)
-        for g in range(len(self.groups)):
-            for kind in KINDS:
-                add(g, kind, 0, 1, SCALE_BYTES)
+                        add(g, kinds, bits, dims, bits * dims // 8)
+        for g, group in enumerate(self.groups):
+            for kinds in group.units:
+                add(g, kinds, 0, 1, SCALE_BYTES)
         return tuple(planes)
 
 

@@ -201,7 +201,12 @@ def common_span(anchors: "Iterable[Anchors | None]") -> int:
 
 
 def average_over_positions(
-    second: Tensor, mean: Tensor, rotary: Rotary | None, num_positions: int, head_size: int
+    second: Tensor,
+    mean: Tensor,
+    rotary: Rotary | None,
+    num_positions: int,
+    head_size: int,
+    turning: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Moments of a vector of heads, turned by every position below `num_positions` alike often.
 
@@ -211,6 +216,7 @@ def average_over_positions(
         rotary: None for a layer without rotary embedding, which changes nothing.
         num_positions: `N`, at least 1.
         head_size: `D`.
+        turning: heads that turn, the first ones; all by default.
 
     Returns:
         The averaged second moment and mean, as given.
@@ -221,7 +227,8 @@ def average_over_positions(
     first, other = rotary.plane_dims(head_size)
     base = torch.arange(heads)[:, None] * head_size
     a, b = (base + first).flatten(), (base + other).flatten()
-    w = rotary.plane_frequencies(head_size).repeat(heads)
+    turns = (torch.arange(heads) < (heads if turning is None else turning)).double()
+    w = (turns[:, None] * rotary.plane_frequencies(head_size)).flatten()
 
     aa, ab, bb = second[a][:, a], second[a][:, b], second[b][:, b]
     ba = ab.T

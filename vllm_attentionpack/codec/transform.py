@@ -5,10 +5,12 @@ the query moments of their head; values cost `eᵀ M e` in the layer's output, `
 the output projection. Principal components of whitened vectors then make the squared error of the
 latent *equal* to that cost. (KQ-SVD and OSCAR weight keys by queries in the same way.)
 Both are scaled to the same unit, the energy of the error in the layer's output, so that keys,
-values and heads compete for the same bytes.
+values and heads compete for the same bytes. So may the keys and the values of a head group
+share latents: principal components of both whitened vectors, one after the other.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,8 +24,9 @@ from vllm_attentionpack.codec.quantize import step_and_distortion
 class PrincipalBasis:
     """All principal directions of one (layer, head group, K|V), before ranks and bits are chosen.
 
-    The maps are kept as factors, in float32, which is all that a pack stores: those of a large
-    model would otherwise be the peak of memory.
+    Of joint keys and values `G` counts either's heads, keys first. The maps are kept as factors, in
+    float32, which is all that a pack stores: those of a large model would otherwise be the peak of
+    memory.
 
     Attributes:
         mean: float64 `[M, GD]`.
@@ -56,6 +59,31 @@ class PrincipalBasis:
         """float64 `[GD]`: the variance of each latent dim, averaged over modalities by share."""
         return (self.variance * self.share[:, None]).sum(0)
 
+    def priced(self, prices: Sequence[float]) -> "PrincipalBasis":
+        """The principal directions where the metric of each head is worth so much more, `[G]`."""
+        size = self.root.shape[-1]
+        scale = torch.tensor(prices, dtype=torch.float64).sqrt()
+        dims = scale.repeat_interleave(size)
+        vectors = self.vectors.double() * dims[:, None]
+        variance, vectors = _principal(vectors * self.variance[:, None] @ vectors.mT)
+        return replace(
+            self,
+            vectors=vectors.float(),
+            root=self.root * scale[:, None, None],
+            inverse=self.inverse / scale[:, None, None],
+            variance=variance,
+        )
+
+    def errors(self, counts: PlaneCounts) -> Tensor:
+        """float64 `[G]`: the expected error of each head by its metric, averaged by share."""
+        left = torch.ones_like(self.variance[0])
+        bits = [b for b, dims in counts.dims_by_bits.items() for _ in range(dims)]
+        left[: len(bits)] = torch.tensor([step_and_distortion(b)[1] for b in bits]).to(left)
+        lost = torch.einsum(
+            "m,mi,mdi->d", self.share, self.variance * left, self.vectors.double().square()
+        )
+        return lost.unflatten(0, (len(self.root), -1)).sum(1)
+
     def truncate(self, counts: PlaneCounts) -> Basis:
         """The columns of the retained dims, measured in quantiser steps."""
         columns = counts.columns
@@ -76,21 +104,27 @@ class PrincipalBasis:
 
 
 def principal_basis(
-    second: Tensor, mean: Tensor, count: Tensor, metric: Tensor, regularization: float
+    second: Tensor,
+    mean: Tensor,
+    count: Tensor,
+    metrics: Sequence[Tensor],
+    regularization: float,
 ) -> PrincipalBasis:
-    """Error-weighted principal components of one head group.
+    """Error-weighted principal components of one head group's keys, values or both.
 
     Args:
         second: float64 `[M, GD, GD]`, `E[x xᵀ]` per modality.
         mean: float64 `[M, GD]`, `E[x]` per modality.
         count: `[M]`, tokens seen of each modality.
-        metric: float64 `[G, D, D]`, the error metric of each head: an error `e` in head `h` costs
-            `eᵀ metric[h] e`.
-        regularization: fraction of the mean diagonal added to `metric` (so that directions which
+        metrics: of keys, of values, or of both in turn float64 `[heads, D, D]`, the error metric of
+            each head: an error `e` in head `h` costs `eᵀ metric[h] e`.
+        regularization: fraction of the mean diagonal added to a metric (so that directions which
             calibration saw no query use are kept at a low price rather than for nothing) and, per
             head size of tokens, to a modality's covariance from all modalities together.
     """
-    roots, inverses = _metric_roots(metric, regularization)
+    roots, inverses = map(
+        torch.cat, zip(*(_metric_roots(metric, regularization) for metric in metrics), strict=True)
+    )
     root = torch.block_diag(*roots)
     covariance = second - mean[:, :, None] * mean[:, None, :]
     share = count.double() / count.sum()
@@ -98,11 +132,14 @@ def principal_basis(
     # A modality seen for few tokens leans on the others: its own covariance would be singular.
     lean = covariance.shape[-1] / (count.double() + covariance.shape[-1])
     covariance = covariance + (pooled - covariance) * lean[:, None, None]
-    whitened = root @ covariance @ root
-    whitened = (whitened + whitened.mT) / 2
-    variance, vectors = torch.linalg.eigh(whitened)
-    variance, vectors = variance.flip(-1).clamp_min(0), vectors.flip(-1)
+    variance, vectors = _principal(root @ covariance @ root)
     return PrincipalBasis(mean, vectors.float(), roots, inverses, variance, share)
+
+
+def _principal(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances in falling order and their directions, float64 `[M, GD]` and `[M, GD, GD]`."""
+    variance, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
+    return variance.flip(-1).clamp_min(0), vectors.flip(-1)
 
 
 def _metric_roots(metric: Tensor, regularization: float) -> tuple[Tensor, Tensor]:

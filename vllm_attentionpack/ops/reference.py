@@ -120,12 +120,11 @@ def store_kv(
     slots = slots[stored]
     block, offset = slots // block_size, slots % block_size
     chosen = None if visual is None else visual[stored]
-    inputs = {"key": key[stored], "value": value[stored]}
+    inputs: dict[Kind, Tensor] = {"key": key[stored], "value": value[stored]}
     planes = _planes_by_owner(codec.layout, block_size)
     for g, (group, heads) in enumerate(codec.group_heads()):
-        for kind in KINDS:
-            part: PlaneCodec = getattr(group, kind)
-            codes, scale = part.encode(inputs[kind][:, heads].flatten(1), chosen)
+        of_group = {kind: x[:, heads].flatten(1) for kind, x in inputs.items()}
+        for kind, (codes, scale) in group.encode(of_group, chosen).items():
             start = 0
             for plane in planes[g, kind]:
                 if plane.bits:

@@ -1,8 +1,9 @@
 """What a pack holds. The header is JSON in the safetensors metadata; the rest are tensors.
 
 Tensors are named `layers.<i>.groups.<g>.<key|value>.<mean|encode|decode|weight>` (see
-`codec.Basis`) and `layers.<i>.groups.<g>.<key|value>.variance` (float32 `[M, GD]`, the spectrum); a
-layer whose keys have anchors also `layers.<i>.frequencies` (float64 `[P]`, see `codec.positions`).
+`codec.Basis`) and `layers.<i>.groups.<g>.<key|value>.variance` (float32 `[M, GD]`, the spectrum;
+`[M, 2 GD]` and the same for both where keys and values are joint); a layer whose keys have anchors
+also `layers.<i>.frequencies` (float64 `[P]`, see `codec.positions`).
 """
 
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from vllm_attentionpack.codec.layout import (
 from vllm_attentionpack.codec.positions import Anchors
 
 #: Raised by one whenever older code could misread a newer file.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -100,8 +101,14 @@ class PlaneHeader(_Frozen):
 
 
 class GroupHeader(_Frozen):
+    """Plane counts of a head group in the file (see `codec.layout.GroupLayout`)."""
+
     key: PlaneHeader
     value: PlaneHeader
+    joint: bool = False
+
+    def layout(self) -> GroupLayout:
+        return GroupLayout(self.key.counts(), self.value.counts(), self.joint)
 
 
 class RotaryHeader(_Frozen):
@@ -141,7 +148,7 @@ class LayerHeader(_Frozen):
     def layout(self, heads_per_group: int, head_size: int) -> LayerLayout:
         """The byte layout."""
         return LayerLayout(
-            groups=tuple(GroupLayout(g.key.counts(), g.value.counts()) for g in self.groups),
+            groups=tuple(group.layout() for group in self.groups),
             heads_per_group=heads_per_group,
             head_size=head_size,
             bytes_per_token=self.bytes_per_token,
@@ -208,7 +215,8 @@ class LayerPack:
 
     Attributes:
         bases: for each head group its key and its value basis.
-        variance: for each head group the float32 `[M, GD]` spectra of keys and of values.
+        variance: for each head group the float32 `[M, GD]` spectra of keys and of values, or
+            `[M, 2 GD]` that of both, twice.
         anchors: None where keys are coded as they come.
     """
 

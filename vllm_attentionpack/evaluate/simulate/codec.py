@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vllm_attentionpack.codec.codec import LayerCodec
-from vllm_attentionpack.codec.layout import DENSE_BYTES, KINDS
+from vllm_attentionpack.codec.codec import LayerCodec, PlaneCodec
+from vllm_attentionpack.codec.layout import DENSE_BYTES, KINDS, Kind
 from vllm_attentionpack.packfile.schema import Pack
 
 
@@ -204,13 +204,15 @@ class PackCodec(TokenCodec):
     def _read(
         self, codec: LayerCodec, key: Tensor, value: Tensor, tokens: Tokens
     ) -> tuple[Tensor, Tensor]:
-        result = []
-        for kind, x in zip(KINDS, (key, value), strict=True):
-            parts = []
-            for group, heads in codec.group_heads():
-                part = getattr(group, kind)
-                codes, scale = part.encode(x[:, heads].flatten(1), tokens.visual)
-                read = part.reconstruct(codes, scale, tokens.visual)
-                parts.append(read.unflatten(1, (-1, x.shape[-1])))
-            result.append(torch.cat(parts, dim=1))
-        return result[0], result[1]
+        read_key, read_value = torch.empty_like(key), torch.empty_like(value)
+        for group, heads in codec.group_heads():
+            x: dict[Kind, Tensor] = {
+                "key": key[:, heads].flatten(1),
+                "value": value[:, heads].flatten(1),
+            }
+            codes = group.encode(x, tokens.visual)
+            for kind, read in zip(KINDS, (read_key, read_value), strict=True):
+                part: PlaneCodec = getattr(group, kind)
+                rebuilt = part.reconstruct(*codes[kind], tokens.visual)
+                read[:, heads] = rebuilt.unflatten(1, (-1, key.shape[-1]))
+        return read_key, read_value
