@@ -105,6 +105,12 @@ def calibrate(
             help="Code what RoPE turns far within a span as it was before: less loss, more work.",
         ),
     ] = None,
+    joint_kv: Annotated[
+        bool | None,
+        typer.Option(
+            "--joint-kv", help="Code keys and values by one latent for both: less loss, more work."
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(show_default="0", help="Order of the data.")] = None,
     modalities: Annotated[
         str | None,
@@ -161,6 +167,7 @@ def calibrate(
         max_context=max_context,
         anchor_span=anchor_span,
         pre_rope=pre_rope,
+        joint_kv=joint_kv,
         seed=seed,
         modalities=_number(modalities),
         sinks=sinks,
@@ -314,6 +321,7 @@ def bench_engine(
         int, typer.Option(min=0, help="Tokens whose keys share an anchor; 0 for none.")
     ] = DEFAULT_ANCHOR_SPAN,
     pre_rope: Annotated[bool, typer.Option("--pre-rope", help="As calibrate's.")] = False,
+    joint_kv: Annotated[bool, typer.Option("--joint-kv", help="As calibrate's.")] = False,
 ) -> None:
     """vLLM from end to end, dense and compacted, on a model with random weights."""
     _check_device(device)
@@ -332,6 +340,7 @@ def bench_engine(
         window=window,
         anchor_span=anchor_span,
         pre_rope=pre_rope,
+        joint_kv=joint_kv,
     )
     print_engine(setup, json)
 

@@ -199,7 +199,7 @@ class Setting:
         max_tokens: int | None = None,
         anchor_span: int | None = None,
         pre_rope: bool = False,
-        joint: bool = False,
+        joint_kv: bool = False,
     ) -> list[LayerStatistics]:
         """What `attentionpack calibrate` would gather; `anchor_span` in place of the setting's."""
         span = self.anchor_span if anchor_span is None else anchor_span
@@ -207,7 +207,9 @@ class Setting:
         plain = items is None and max_tokens is None
         collector = self._collector if plain else None
         if collector is None:
-            (collector,) = self.llm.apply_model(lambda m: Collector.install(m, whole, joint=True))
+            (collector,) = self.llm.apply_model(
+                lambda m: Collector.install(m, whole, joint_kv=True)
+            )
             chosen = self.dataset.items if items is None else tuple(items)
             taken, limit = collector, max_tokens or self.calibration_tokens
             feed(
@@ -229,13 +231,13 @@ class Setting:
             gram = output_gram(recorder.site, torch.float32)
             layer = recorder.layer
             dims = group_size * layer.head_size
-            both = moments.joint
+            both = moments.joint_kv
             assert both is not None
             split = replace(
                 moments,
                 key=_split(moments.key, dims),
                 value=_split(moments.value, dims),
-                joint=_split_joint(both, dims) if joint else None,
+                joint_kv=_split_joint(both, dims) if joint_kv else None,
             )
             result.append(LayerStatistics(layer.layer_name, layer.impl.scale, split, gram, anchors))
         return result
@@ -257,7 +259,7 @@ class Setting:
         modalities: int | None = None,
         anchor_span: int | None = None,
         pre_rope: bool = False,
-        joint: bool = False,
+        joint_kv: bool = False,
     ) -> Assembler:
         modalities = modalities or self.modalities
         statistics = self.statistics(
@@ -266,7 +268,7 @@ class Setting:
             modalities,
             anchor_span=anchor_span,
             pre_rope=pre_rope,
-            joint=joint,
+            joint_kv=joint_kv,
         )
         return Assembler(statistics, group_size, REGULARIZATION)
 

@@ -18,6 +18,9 @@ counts = st.builds(
     n2=st.integers(0, 4).map(lambda n: 16 * n),
 )
 groups = st.lists(st.builds(GroupLayout, counts, counts), min_size=1, max_size=5).map(tuple)
+joint_groups = st.lists(
+    counts.map(lambda both: GroupLayout(both, both, joint_kv=True)), min_size=1, max_size=5
+).map(tuple)
 
 
 @given(groups, st.sampled_from([16, 32, 48, 128]), st.integers(0, 7))
@@ -34,6 +37,42 @@ def test_planes_tile_the_block_without_overlap_or_gap(groups, block_size, paddin
     assert layout.block_bytes(block_size) == offset + padding * block_size
     coded = sum(p.dims for p in layout.planes(block_size) if p.bits)
     assert coded == sum(g.key.num_columns + g.value.num_columns for g in groups)
+
+
+@given(joint_groups, st.sampled_from([16, 48]), st.integers(0, 7))
+def test_joint_keys_and_values_have_the_same_planes(groups, block_size, padding):
+    content = sum(group.bytes_per_token for group in groups)
+    assert content == sum(group.key.bytes_per_token + 1 for group in groups)
+    layout = LayerLayout(groups, 2, 64, content + padding)
+    keys, values = (
+        [
+            (plane.group, plane.bits, plane.dims, plane.bytes_per_token, plane.offset)
+            for plane in layout.planes(block_size)
+            if plane.kind == kind
+        ]
+        for kind in ("key", "value")
+    )
+    assert keys == values
+    offset = 0
+    for *_, width, at in keys:
+        assert at == offset
+        offset += width * block_size
+    assert offset == block_size * content
+
+
+def test_joint_groups_of_other_kinds_are_refused():
+    key, value = PlaneCounts(n8=16), PlaneCounts(n8=12)
+    with pytest.raises(ValueError, match="same planes"):
+        GroupLayout(key, value, joint_kv=True)
+    with pytest.raises(ValueError, match="some head groups"):
+        LayerLayout((GroupLayout(key, key, joint_kv=True), GroupLayout(key, key)), 1, 64, 99)
+
+
+def test_a_rank_of_joint_keys_and_values_may_be_that_of_both():
+    both = PlaneCounts(n8=32)
+    assert LayerLayout((GroupLayout(both, both, joint_kv=True),), 1, 16, 33).coded_dims == 32
+    with pytest.raises(ValueError, match="exceeds the 16 dims"):
+        LayerLayout((GroupLayout(both, both),), 1, 16, 66)
 
 
 def test_ratio_counts_scales_and_padding():

@@ -58,6 +58,14 @@ def test_attention_in_every_layout(isa, layout, dtype):
     check(codec, case, dtype)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_attention_to_joint_keys_and_values(isa, layout, dtype):
+    codec = random_codec(4, 2, 32, 2, LAYOUTS[layout][0], joint_kv=True)
+    case = paged_batch(codec, 8, CONTEXTS, FRESH, 32)
+    check(codec, case, dtype)
+
+
 @pytest.mark.parametrize("counts", [(640, 0, 0), (0, 640, 0), (64, 192, 384)], ids=str)
 def test_many_dims(isa, counts):
     """More steps than one segment or one chunk of registers holds."""

@@ -13,8 +13,10 @@ from vllm_attentionpack.ops import cpu, reference
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("modalities", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_store_writes_the_bytes_of_the_reference(isa, layout, modalities, dtype):
-    codec = random_codec(4, 2, 32, modalities, *LAYOUTS[layout], padding=5)
+@pytest.mark.parametrize("joint_kv", [False, True])
+def test_store_writes_the_bytes_of_the_reference(isa, layout, modalities, dtype, joint_kv):
+    padding = 0 if joint_kv else 5
+    codec = random_codec(4, 2, 32, modalities, *LAYOUTS[layout], padding=padding, joint_kv=joint_kv)
     generator = torch.Generator().manual_seed(0)
     key, value = torch.randn(2, 70, 4, 32, generator=generator).to(dtype)
     slots = torch.randperm(6 * 16, generator=generator)[:70]
@@ -31,9 +33,10 @@ def test_store_writes_the_bytes_of_the_reference(isa, layout, modalities, dtype)
             continue
         # Products of 13 bits move more latents over an edge, where both sides are as good: codes
         # lose what they did at every width, but for a little; those of 12 bits half as much again.
-        for kind, tokens in (("key", key), ("value", value)):
-            want, got = (latent_errors(codec, kind, tokens, slots, visual, c, 16) for c in caches)
-            close = 1.04 if getattr(codec.layout.groups[0], kind).pairs else 1.03
+        tokens = {"key": key, "value": value}
+        for kinds in codec.layout.groups[0].units:
+            want, got = (latent_errors(codec, kinds, tokens, slots, visual, c, 16) for c in caches)
+            close = 1.04 if getattr(codec.layout.groups[0], kinds[0]).pairs else 1.03
             for bits in want:
                 assert got[bits] < (1.6 if bits == 12 else close) * want[bits]
 
@@ -59,12 +62,14 @@ def test_scales_at_both_ends(isa):
     assert (caches[0] != caches[1]).float().mean().item() < 1e-3
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, "identity"])
+@pytest.mark.parametrize("name", [*LAYOUTS, "identity", "joint"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_decompression(isa, name, dtype):
     """Blocks in any order, garbage in unused slots, and a last block that is not full."""
     if name == "identity":
         codec = identity_codec(2, 32)
+    elif name == "joint":
+        codec = random_codec(2, 2, 32, 2, joint_kv=True)
     else:
         codec = random_codec(2, 2, 32, 2, *LAYOUTS[name])
     case = paged_batch(codec, 4, [0, 1, 15, 16, 17, 70], [1] * 6, 16)

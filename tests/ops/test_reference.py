@@ -28,18 +28,19 @@ FRESH = [5, 1, 1, 3, 1, 20, 1]
 SHAPES = [(2, 1, 4, 32, 1), (2, 2, 4, 32, 2), (4, 2, 4, 64, 2), (1, 1, 8, 64, 2), (3, 3, 6, 16, 1)]
 
 
-def small_codec(heads, group, dims, modalities):
+def small_codec(heads, group, dims, modalities, joint_kv=False):
     key = PlaneCounts(n8=4, n4=8, n2=0) if group * dims < 32 else None
     value = PlaneCounts(n8=8, n4=0, n2=0) if group * dims < 32 else None
-    return random_codec(heads, group, dims, modalities, key, value, padding=3)
+    return random_codec(heads, group, dims, modalities, key, value, padding=3, joint_kv=joint_kv)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize("exact_fresh", [True, False])
-def test_ops_match_the_oracle(shape, block_size, exact_fresh):
+@pytest.mark.parametrize("joint_kv", [False, True])
+def test_ops_match_the_oracle(shape, block_size, exact_fresh, joint_kv):
     heads, group, query_heads, dims, modalities = shape
-    codec = small_codec(heads, group, dims, modalities)
+    codec = small_codec(heads, group, dims, modalities, joint_kv)
     case = paged_batch(codec, query_heads, CONTEXTS, FRESH, block_size)
     scale = dims**-0.5
     absorbed = absorb_query(case.query, codec, scale)

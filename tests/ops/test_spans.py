@@ -27,9 +27,10 @@ def case_of(
     size: int = SIZE,
     block: int = BLOCK,
     pre_rope: int = 0,
+    joint_kv: bool = False,
 ) -> tuple[LayerCodec, PagedBatch, StepSpans]:
     """The batch's keys are those that are stored, that is, turned back already."""
-    codec = random_codec(2, 2, 32, 2, padding=3)
+    codec = random_codec(2, 2, 32, 2, padding=3, joint_kv=joint_kv)
     rotary = Rotary(0.7 ** torch.arange(12, dtype=torch.float64), interleaved)
     codec.anchors = Anchors(rotary, size, pre_rope)
     case = paged_batch(codec, 4, CONTEXTS, FRESH, block)
@@ -218,9 +219,9 @@ def test_logits_are_those_of_keys_as_they_come(pre_rope):
     one = StepSpans(reference, SIZE, anchors, None, batch, stops, table, BLOCK)
     query = case.query[:1]
     out, lse = one.attend(query, cache, None, stops, codec, False, SCALE)
-    read = reconstruct(codec, "key", back, case.visual[row])
+    read, value = reconstruct(codec, back, case.value[row], case.visual[row])
     read = turned(codec, steps, row, read).repeat_interleave(2, 1)
-    value = reconstruct(codec, "value", case.value[row], case.visual[row]).repeat_interleave(2, 1)
+    value = value.repeat_interleave(2, 1)
     logits = torch.einsum("qhd,nhd->qhn", query, read) * SCALE
     torch.testing.assert_close(lse, logits.logsumexp(-1), atol=1e-4, rtol=0)
     torch.testing.assert_close(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.cases import fitted_basis, gaussian
+from tests.support.cases import fitted_basis, gaussian, joint_bases
 from tests.support.oracle import reconstruct
 from tests.support.packs import pack_of
 from vllm_attentionpack.codec.codec import LayerCodec
@@ -28,24 +28,27 @@ def counts(number: int) -> PlaneCounts:
     return PlaneCounts(n8=4 * (1 + number % 3), n4=8 * (number % 2), n2=16 * (number == 3))
 
 
-def uneven_codec(heads_per_group: int, seed: int) -> LayerCodec:
+def uneven_codec(heads_per_group: int, seed: int, joint_kv: bool) -> LayerCodec:
     """Eight KV heads; no two neighbouring groups have the same bytes."""
     generator = torch.Generator().manual_seed(seed)
     dims = heads_per_group * HEAD_SIZE
     groups, bases = [], []
     for g in range(8 // heads_per_group):
-        planes = {"key": counts(g + 1), "value": counts(g)}
-        data = [gaussian(2 * dims, dims, 0.05, generator) for _ in range(2)]
-        groups.append(GroupLayout(**planes))
+        planes = {"key": counts(g + 1), "value": counts(g + 1 if joint_kv else g)}
+        of = 2 * dims if joint_kv else dims
+        data = torch.stack([gaussian(2 * of, of, 0.05, generator) for _ in range(2)])
+        groups.append(GroupLayout(**planes, joint_kv=joint_kv))
         bases.append(
-            {kind: fitted_basis(torch.stack(data), planes[kind], heads_per_group) for kind in KINDS}
+            joint_bases(data, planes["key"], heads_per_group)
+            if joint_kv
+            else {kind: fitted_basis(data, planes[kind], heads_per_group) for kind in KINDS}
         )
     size = sum(group.bytes_per_token for group in groups) + PADDING
     return LayerCodec(LayerLayout(tuple(groups), heads_per_group, HEAD_SIZE, size), bases)
 
 
 @cache
-def uneven_pack(heads_per_group: int) -> Pack:
+def uneven_pack(heads_per_group: int, joint_kv: bool = False) -> Pack:
     fingerprint = Fingerprint(
         architecture="Test",
         num_layers=2,
@@ -54,7 +57,7 @@ def uneven_pack(heads_per_group: int) -> Pack:
         head_size=HEAD_SIZE,
         rope="{}",
     )
-    return pack_of(lambda i: uneven_codec(heads_per_group, i), fingerprint, ["a", "b"])
+    return pack_of(lambda i: uneven_codec(heads_per_group, i, joint_kv), fingerprint, ["a", "b"])
 
 
 def tokens() -> tuple[Tensor, Tensor]:
@@ -63,21 +66,22 @@ def tokens() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("heads_per_group", "tp_size"), CASES)
-def test_shards_reconstruct_to_the_whole(heads_per_group, tp_size):
-    pack = uneven_pack(heads_per_group)
+@pytest.mark.parametrize("joint_kv", [False, True])
+def test_shards_reconstruct_to_the_whole(heads_per_group, tp_size, joint_kv):
+    pack = uneven_pack(heads_per_group, joint_kv)
     x, visual = tokens()
     check_shardable(pack.header, tp_size)
     for layer in range(2):
         shards = [shard_codec(pack, layer, tp_size, rank) for rank in range(tp_size)]
         assert [s.layout.num_kv_heads for s in shards] == [8 // tp_size] * tp_size
-        for kind in KINDS:
-            parts = [
-                reconstruct(shard, kind, heads, visual)
-                for shard, heads in zip(shards, x.chunk(tp_size, dim=1), strict=True)
-            ]
-            whole = reconstruct(pack.codec(layer), kind, x, visual)
+        parts = [
+            reconstruct(shard, heads, heads.flip(0), visual)
+            for shard, heads in zip(shards, x.chunk(tp_size, dim=1), strict=True)
+        ]
+        wholes = reconstruct(pack.codec(layer), x, x.flip(0), visual)
+        for of_kind, whole in zip(zip(*parts, strict=True), wholes, strict=True):
             assert whole.std() > 0.1  # not all groups are dropped
-            torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=0)
+            torch.testing.assert_close(torch.cat(of_kind, dim=1), whole, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("heads_per_group", "tp_size"), CASES)

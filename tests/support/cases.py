@@ -28,6 +28,12 @@ def fitted_basis(
     return basis.truncate(counts)
 
 
+def joint_bases(data: Tensor, counts: PlaneCounts, heads: int) -> dict[Kind, Basis]:
+    """The bases of keys and values that share latents, `data` `[M, T, 2 GD]`."""
+    pair = fitted_basis(data, counts, 2 * heads).split(data.shape[-1] // 2)
+    return dict(zip(KINDS, pair, strict=True))
+
+
 def random_codec(
     num_kv_heads: int,
     heads_per_group: int,
@@ -37,57 +43,63 @@ def random_codec(
     value: PlaneCounts | None = None,
     padding: int = 0,
     seed: int = 0,
+    joint_kv: bool = False,
 ) -> LayerCodec:
-    """A codec fitted to random data, with different K and V planes unless given."""
+    """A codec fitted to random data, with different K and V planes unless given or joint."""
     generator = torch.Generator().manual_seed(seed)
     dims = heads_per_group * head_size
     key = key or PlaneCounts(n8=8, n4=8, n2=16)
-    value = value or PlaneCounts(n8=4, n4=16, n2=0)
+    value = key if joint_kv else value or PlaneCounts(n8=4, n4=16, n2=0)
     bases: list[dict[Kind, Basis]] = []
+
+    def data(dims: int) -> Tensor:
+        return torch.stack([gaussian(4 * dims, dims, 0.05, generator) for _ in range(modalities)])
+
     for _ in range(num_kv_heads // heads_per_group):
-        bases.append(
-            {
-                kind: fitted_basis(
-                    torch.stack(
-                        [gaussian(4 * dims, dims, 0.05, generator) for _ in range(modalities)]
-                    ),
-                    counts,
-                    heads_per_group,
-                )
-                for kind, counts in zip(KINDS, (key, value), strict=True)
-            }
-        )
-    groups = tuple(GroupLayout(key, value) for _ in bases)
+        if joint_kv:
+            bases.append(joint_bases(data(2 * dims), key, heads_per_group))
+        else:
+            planes: dict[Kind, PlaneCounts] = {"key": key, "value": value}
+            bases.append(
+                {kind: fitted_basis(data(dims), planes[kind], heads_per_group) for kind in KINDS}
+            )
+    groups = tuple(GroupLayout(key, value, joint_kv) for _ in bases)
     size = sum(group.bytes_per_token for group in groups) + padding
     return LayerCodec(LayerLayout(groups, heads_per_group, head_size, size), bases)
 
 
 def latent_errors(
     codec: LayerCodec,
-    kind: Kind,
-    tokens: Tensor,
+    kinds: tuple[Kind, ...],
+    tokens: dict[Kind, Tensor],
     slots: Tensor,
     visual: Tensor | None,
     cache: Tensor,
     block_size: int,
 ) -> dict[int, float]:
-    """Energy of what the codes of the first head group are off, by width of the whole codes."""
+    """Energy of what the codes of the first head group are off, by width of the whole codes.
+
+    `kinds` share them: keys, values, or both where they are joint.
+    """
+    kind = kinds[0]
     planes = reference._planes_by_owner(codec.layout, block_size)[0, kind]
     plane_codec = getattr(codec.groups[0], kind)
     pages = reference._Pages(cache, torch.arange(len(cache))[None], block_size)
     read, _ = pages.read(torch.arange(len(cache))[None], (plane_codec, planes))
     kept = slots >= 0
-    head_dims = plane_codec.basis.mean.shape[1]
-    x = tokens.flatten(1)[kept, :head_dims].float()
-    basis, which = plane_codec.basis, torch.zeros(len(x), dtype=torch.long)
+    which = torch.zeros(int(kept.sum()), dtype=torch.long)
     if visual is not None and codec.num_modalities == 2:
         which = visual[kept].long()
-    exact = torch.einsum("td,tdr->tr", x - basis.mean[which], basis.encode[which])
+    exact = torch.zeros(len(which), plane_codec.counts.num_columns)
+    for part in kinds:
+        basis = getattr(codec.groups[0], part).basis
+        x = tokens[part].flatten(1)[kept, : codec.layout.group_dims].float()
+        exact += torch.einsum("td,tdr->tr", x - basis.mean[which], basis.encode[which])
     columns = plane_codec.counts.columns
     first = [i for i, column in enumerate(columns) if not column.low]
     dims = torch.tensor([column.dim for column in columns])
     parts = read[0, slots[kept]] * torch.exp2(plane_codec.shift)
-    whole = torch.zeros(len(x), len(first)).index_add(1, dims, parts)
+    whole = torch.zeros(len(exact), len(first)).index_add(1, dims, parts)
     order = dims[first].argsort()
     off = (whole - exact[:, first][:, order]).square().sum(0)
     bits = torch.tensor([columns[i].code_bits for i in first])[order]

@@ -10,14 +10,17 @@ from vllm_attentionpack.codec.codec import LayerCodec
 from vllm_attentionpack.codec.layout import Kind
 
 
-def reconstruct(codec: LayerCodec, kind: Kind, x: Tensor, visual: Tensor) -> Tensor:
-    """What the codes of `x` `[T, Hk, D]` stand for."""
-    parts = []
+def reconstruct(
+    codec: LayerCodec, key: Tensor, value: Tensor, visual: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What the codes of keys and values `[T, Hk, D]` stand for."""
+    parts: dict[Kind, list[Tensor]] = {"key": [], "value": []}
     for group, heads in codec.group_heads():
-        part = getattr(group, kind)
-        codes, scale = part.encode(x[:, heads].flatten(1), visual)
-        parts.append(part.reconstruct(codes, scale, visual).unflatten(1, (-1, x.shape[-1])))
-    return torch.cat(parts, dim=1)
+        of_group = {"key": key[:, heads].flatten(1), "value": value[:, heads].flatten(1)}
+        for kind, (codes, scale) in group.encode(of_group, visual).items():
+            rebuilt = getattr(group, kind).reconstruct(codes, scale, visual)
+            parts[kind].append(rebuilt.unflatten(1, (-1, key.shape[-1])))
+    return torch.cat(parts["key"], dim=1), torch.cat(parts["value"], dim=1)
 
 
 def attend(
@@ -45,10 +48,8 @@ def attend(
     outputs, lses = [], []
     token = 0
     for row, (context, fresh) in enumerate(zip(batch.contexts, batch.fresh, strict=True)):
-        pairs = [
-            (x[row], reconstruct(codec, kind, x[row], batch.visual[row]))
-            for kind, x in (("key", batch.key), ("value", batch.value))
-        ]
+        own = batch.key[row], batch.value[row]
+        pairs = list(zip(own, reconstruct(codec, *own, batch.visual[row]), strict=True))
         if turn is not None:
             pairs[0] = tuple(turn(row, key) for key in pairs[0])
         repeats = batch.query.shape[1] // batch.key[row].shape[1]

@@ -47,6 +47,7 @@ class Setup:
         window: its last tokens that do.
         anchor_span: tokens whose keys share an anchor; 0 for none.
         pre_rope: code planes that turn far within a span pre-RoPE.
+        joint_kv: code keys and values by one latent for both.
         repeats: runs of decoding.
         length: tokens of a request at its end.
         kv_bytes: bytes of KV cache of each engine; holds the batch densely.
@@ -66,6 +67,7 @@ class Setup:
     window: int = DEFAULT_WINDOW
     anchor_span: int = DEFAULT_ANCHOR_SPAN
     pre_rope: bool = False
+    joint_kv: bool = False
     repeats: int = 3
 
     @property
@@ -111,7 +113,8 @@ def compare(setup: Setup) -> dict[str, Any]:
             "a divisor of them."
         )
     # before the dense run, not after it
-    Budget(setup.layers, setup.kv_heads, setup.head_size, setup.group).bytes_per_token(setup.ratio)
+    shape = setup.layers, setup.kv_heads, setup.head_size, setup.group, setup.joint_kv
+    Budget(*shape).bytes_per_token(setup.ratio)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         save_dummy_model(
@@ -177,7 +180,7 @@ def _write_pack(llm: Any, setup: Setup, path: Path) -> None:
 
     found: Fingerprint = fingerprint(llm.llm_engine.vllm_config.model_config)
     names = [f"model.layers.{i}.self_attn.attn" for i in range(setup.layers)]
-    keys = setup.anchor_span, setup.pre_rope
+    keys = setup.anchor_span, setup.pre_rope, setup.joint_kv
     save_pack(synthetic_pack(found, names, setup.group, setup.ratio, setup.length, *keys), path)
 
 

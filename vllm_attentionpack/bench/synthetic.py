@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from vllm_attentionpack.codec.allocate import allocate, unit_curve
-from vllm_attentionpack.codec.codec import LayerCodec
+from vllm_attentionpack.codec.codec import Basis, LayerCodec
 from vllm_attentionpack.codec.layout import (
     DENSE_BYTES,
     KINDS,
     SCALE_BYTES,
     GroupLayout,
+    Kind,
     LayerLayout,
+    units_of,
 )
 from vllm_attentionpack.codec.positions import Anchors, Rotary, pre_rope_planes
 from vllm_attentionpack.codec.transform import PrincipalBasis
@@ -30,16 +32,23 @@ DECAY = 2.0
 
 
 def synthetic_layout(
-    num_kv_heads: int, heads_per_group: int, head_size: int, ratio: float
+    num_kv_heads: int,
+    heads_per_group: int,
+    head_size: int,
+    ratio: float,
+    joint_kv: bool = False,
 ) -> LayerLayout:
     """What the allocator makes of the spectrum at a compression of `ratio`."""
-    curve = unit_curve(_variance(heads_per_group * head_size))
+    kinds = len(units_of(joint_kv)[0])
+    curve = unit_curve(_variance(kinds * heads_per_group * head_size))
     groups = num_kv_heads // heads_per_group
     budget = num_kv_heads * len(KINDS) * head_size * DENSE_BYTES / ratio
-    units = [curve] * (groups * len(KINDS))
+    units = [curve] * (groups * len(units_of(joint_kv)))
     ((counts, size),) = allocate([units], [1.0], budget, [SCALE_BYTES * len(units)])
+    per_group = len(units) // groups
+    of_groups = (counts[i : i + per_group] for i in range(0, len(units), per_group))
     return LayerLayout(
-        tuple(GroupLayout(counts[2 * g], counts[2 * g + 1]) for g in range(groups)),
+        tuple(GroupLayout(of_group[0], of_group[-1], joint_kv) for of_group in of_groups),
         heads_per_group,
         head_size,
         size,
@@ -47,16 +56,21 @@ def synthetic_layout(
 
 
 def synthetic_codec(
-    num_kv_heads: int, heads_per_group: int, head_size: int, ratio: float, seed: int = 0
+    num_kv_heads: int,
+    heads_per_group: int,
+    head_size: int,
+    ratio: float,
+    seed: int = 0,
+    joint_kv: bool = False,
 ) -> LayerCodec:
     """A codec of one modality with random orthogonal bases.
 
     It suits `synthetic_heads` of the same seed; the groups share their basis.
     """
-    layout = synthetic_layout(num_kv_heads, heads_per_group, head_size, ratio)
-    turn = _turn(heads_per_group * head_size, seed)
+    layout = synthetic_layout(num_kv_heads, heads_per_group, head_size, ratio, joint_kv)
+    turn = _turn(layout.coded_dims, seed)
     variance = torch.from_numpy(_variance(len(turn)))
-    metric = torch.eye(head_size, dtype=torch.float64).repeat(heads_per_group, 1, 1)
+    metric = torch.eye(head_size, dtype=torch.float64).repeat(len(turn) // head_size, 1, 1)
     basis = PrincipalBasis(
         mean=torch.zeros(1, len(turn), dtype=torch.float64),
         vectors=turn.T.float()[None],
@@ -65,10 +79,12 @@ def synthetic_codec(
         variance=variance[None],
         share=torch.ones(1, dtype=torch.float64),
     )
-    return LayerCodec(
-        layout,
-        [{kind: basis.truncate(getattr(group, kind)) for kind in KINDS} for group in layout.groups],
-    )
+    bases: list[dict[Kind, Basis]] = []
+    for group in layout.groups:
+        found = [basis.truncate(getattr(group, kinds[0])) for kinds in group.units]
+        pair = found[0].split(layout.group_dims) if joint_kv else found
+        bases.append(dict(zip(KINDS, pair, strict=True)))
+    return LayerCodec(layout, bases)
 
 
 def synthetic_heads(
@@ -91,9 +107,16 @@ def synthetic_pack(
     max_context: int,
     anchor_span: int = 0,
     pre_rope: bool = False,
+    joint_kv: bool = False,
 ) -> Pack:
     """A pack for a model with random weights: right in every byte, and good for nothing."""
-    codec = synthetic_codec(fingerprint.num_kv_heads, heads_per_group, fingerprint.head_size, ratio)
+    codec = synthetic_codec(
+        fingerprint.num_kv_heads,
+        heads_per_group,
+        fingerprint.head_size,
+        ratio,
+        joint_kv=joint_kv,
+    )
     if anchor_span:
         planes = torch.arange(fingerprint.head_size // 2, dtype=torch.float64)
         rotary = Rotary(10000.0 ** -(planes / len(planes)))

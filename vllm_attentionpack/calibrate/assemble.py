@@ -31,6 +31,7 @@ from vllm_attentionpack.codec.layout import (
     KINDS,
     PLANE_QUANTUM,
     SCALE_BYTES,
+    GroupLayout,
     Kind,
     PlaneCounts,
     units_of,
@@ -42,7 +43,6 @@ from vllm_attentionpack.packfile.schema import (
     GroupHeader,
     LayerHeader,
     LayerPack,
-    PlaneHeader,
     RotaryHeader,
 )
 
@@ -89,12 +89,12 @@ class Budget:
     num_kv_heads: int
     head_size: int
     heads_per_group: int
-    joint: bool = False
+    joint_kv: bool = False
 
     @property
     def num_units(self) -> int:
         """Of a layer: head groups of K and V, or of both at once where they are joint."""
-        return self.num_kv_heads // self.heads_per_group * len(units_of(self.joint))
+        return self.num_kv_heads // self.heads_per_group * len(units_of(self.joint_kv))
 
     @property
     def fixed_bytes(self) -> int:
@@ -230,7 +230,7 @@ class Assembler:
         self.output_energies: list[float] = []
         #: Of each layer, the units of each group in turn.
         self.units: list[list[Unit]] = []
-        head_size, num_groups, joint = 0, 0, False
+        head_size, num_groups, joint_kv = 0, 0, False
         for layer in layers:
             energy = output_energy(layer)
             self.names.append(layer.name)
@@ -245,9 +245,9 @@ class Assembler:
                 ]
             )
             head_size, num_groups = layer.head_size, len(groups)
-            joint = layer.moments.joint is not None
+            joint_kv = layer.moments.joint_kv is not None
         self.budget = Budget(
-            len(self.names), num_groups * heads_per_group, head_size, heads_per_group, joint
+            len(self.names), num_groups * heads_per_group, head_size, heads_per_group, joint_kv
         )
         self._priced: tuple[Mapping[Part, float], list[list[Unit]]] | None = None
 
@@ -337,8 +337,8 @@ def layer_bases(
     for g in range(moments.key.mean.shape[1]):
         heads = slice(g * heads_per_group, (g + 1) * heads_per_group)
         group: dict[tuple[Kind, ...], PrincipalBasis] = {}
-        for kinds in units_of(moments.joint is not None):
-            coded = moments.joint or getattr(moments, kinds[0])
+        for kinds in units_of(moments.joint_kv is not None):
+            coded = moments.joint_kv or getattr(moments, kinds[0])
             group[kinds] = principal_basis(
                 coded.second[:, g],
                 coded.mean[:, g],
@@ -403,19 +403,19 @@ def _layer(
 ) -> tuple[LayerHeader, LayerPack]:
     """`counts` in the order of the units."""
     groups, truncated, variance = [], [], []
-    joint = len(units[0].kinds) > 1
-    per_group = len(units_of(joint))
+    joint_kv = len(units[0].kinds) > 1
+    per_group = len(units_of(joint_kv))
     for first in range(0, len(units), per_group):
-        planes: dict[Kind, PlaneHeader] = {}
+        planes: dict[Kind, PlaneCounts] = {}
         kept: dict[Kind, Basis] = {}
         spectra: dict[Kind, Tensor] = {}
         for unit, spent in zip(units[first:][:per_group], counts[first:], strict=False):
             basis = unit.basis.truncate(spent)
-            parts = basis.split(basis.mean.shape[1] // 2) if joint else (basis,)
+            parts = basis.split(basis.mean.shape[1] // 2) if joint_kv else (basis,)
             for kind, part in zip(unit.kinds, parts, strict=True):
-                planes[kind], kept[kind] = PlaneHeader.of(spent), part
+                planes[kind], kept[kind] = spent, part
                 spectra[kind] = unit.basis.variance.float()
-        groups.append(GroupHeader(**planes, joint=joint))
+        groups.append(GroupHeader.of(GroupLayout(**planes, joint_kv=joint_kv)))
         truncated.append(kept)
         variance.append(spectra)
     header = LayerHeader(

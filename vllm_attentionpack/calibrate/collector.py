@@ -62,7 +62,7 @@ class LayerRecorder:
         rotary: how its rotary module turns, None without one.
         watch: of that module; layers may share it.
         heads_per_group: `G`.
-        joint: see `MomentAccumulator`.
+        joint_kv: see `MomentAccumulator`.
     """
 
     def __init__(
@@ -71,14 +71,14 @@ class LayerRecorder:
         rotary: Rotary | None,
         watch: _PositionWatch | None,
         heads_per_group: int,
-        joint: bool,
+        joint_kv: bool,
     ) -> None:
         self.site = site
         self.layer: Attention = site.layer
         self._rotary = rotary
         self._watch = watch
         self._heads_per_group = heads_per_group
-        self._joint = joint
+        self._joint_kv = joint_kv
         self.moments: MomentAccumulator | None = None
 
     @torch.inference_mode()
@@ -113,7 +113,7 @@ class LayerRecorder:
             self.layer.head_size,
             self._heads_per_group,
             self._rotary if positions is not None else None,
-            self._joint,
+            self._joint_kv,
         )
 
 
@@ -131,7 +131,7 @@ class Collector:
         model: nn.Module,
         group_size: int | str,
         auto_dims: int = MAX_AUTO_GROUP_DIMS,
-        joint: bool = False,
+        joint_kv: bool = False,
     ) -> "Collector":
         """Puts a recorder on every attention layer.
 
@@ -139,7 +139,7 @@ class Collector:
             model: a loaded model whose layers use the statistics backend.
             group_size: `G`, or `auto`.
             auto_dims: dims of a head group at most, with `auto`.
-            joint: see `MomentAccumulator`.
+            joint_kv: see `MomentAccumulator`.
 
         Raises:
             UnsupportedModelError: see `attention_sites` and `rotary_of`.
@@ -158,7 +158,7 @@ class Collector:
                         _PositionWatch(site.rotary),
                     )
                 rotary, watch = watches[id(site.rotary)]
-            recorder = LayerRecorder(site, rotary, watch, heads_per_group, joint)
+            recorder = LayerRecorder(site, rotary, watch, heads_per_group, joint_kv)
             setattr(site.layer, RECORDER, recorder)
             recorders.append(recorder)
         return cls(recorders, [watch for _, watch in watches.values()], heads_per_group)

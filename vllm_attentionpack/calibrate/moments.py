@@ -67,7 +67,7 @@ class LayerMoments:
         key: of the keys as they are coded, at any position below `num_positions` or, relative to
             an anchor, of one span.
         value: of the values.
-        joint: of both, `2 GD` dims, keys first; None where they were not gathered together.
+        joint_kv: of both, `2 GD` dims, keys first; None where they were not gathered together.
         query: float64 `[Hq, D, D]`, `E[q qᵀ]` over all tokens and positions below `num_positions`.
         count: int64 `[M]`, tokens of each modality.
     """
@@ -76,7 +76,7 @@ class LayerMoments:
     value: GroupMoments
     query: Tensor
     count: Tensor
-    joint: GroupMoments | None = None
+    joint_kv: GroupMoments | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class MomentAccumulator:
         head_size: `D`.
         heads_per_group: `G`, a divisor of `Hk`.
         rotary: how the layer turns keys and queries; None if it does not.
-        joint: whether to gather what keys and values have in common.
+        joint_kv: whether to gather what keys and values have in common.
     """
 
     def __init__(
@@ -121,15 +121,15 @@ class MomentAccumulator:
         head_size: int,
         heads_per_group: int,
         rotary: Rotary | None,
-        joint: bool = False,
+        joint_kv: bool = False,
     ) -> None:
         self.head_size = head_size
         self.rotary = rotary
         self.count = torch.zeros(_MODALITIES, dtype=torch.int64)
         self._groups = num_kv_heads // heads_per_group
         self._dims = heads_per_group * head_size
-        self._joint = joint
-        unit_heads = heads_per_group * (2 if joint else 1)
+        self._joint_kv = joint_kv
+        unit_heads = heads_per_group * (2 if joint_kv else 1)
         self._blocks = torch.triu_indices(unit_heads, unit_heads)
         self._query = torch.zeros(num_query_heads, head_size, head_size)
         # per modality, once tokens of it are seen
@@ -167,7 +167,7 @@ class MomentAccumulator:
     def _add_modality(self, modality: int, key: Tensor, value: Tensor) -> None:
         if len(key) == 0:
             return
-        x = torch.cat([self._grouped(key), self._grouped(value)], dim=-1 if self._joint else 0)
+        x = torch.cat([self._grouped(key), self._grouped(value)], dim=-1 if self._joint_kv else 0)
         sums = self._sums[modality]
         if sums is None:
             sums = self._sums[modality] = _Sums.zero(x.mean(1).cpu(), self._blocks, self.head_size)
@@ -238,16 +238,16 @@ class MomentAccumulator:
             firsts = torch.stack([first for _, first in seen])
         seconds = seconds / count[:, None, None, None]
         firsts = firsts / count[:, None, None]
-        n, dims, joint = self._groups, self._dims, None
+        n, dims, joint_kv = self._groups, self._dims, None
         turned = self._turned(
             GroupMoments(seconds[:, :n], firsts[:, :n]),
             anchors.drift if anchors else self.rotary,
             min(anchors.span, num_positions) if anchors else num_positions,
         )
-        if self._joint:
-            joint = turned
-            key = GroupMoments(joint.second[..., :dims, :dims], joint.mean[..., :dims])
-            value = GroupMoments(joint.second[..., dims:, dims:], joint.mean[..., dims:])
+        if self._joint_kv:
+            joint_kv = turned
+            key = GroupMoments(joint_kv.second[..., :dims, :dims], joint_kv.mean[..., :dims])
+            value = GroupMoments(joint_kv.second[..., dims:, dims:], joint_kv.mean[..., dims:])
         else:
             key, value = turned, GroupMoments(seconds[:, n:], firsts[:, n:])
         query = torch.stack(
@@ -258,7 +258,7 @@ class MomentAccumulator:
                 for head in self._query.double() / self.count.sum()
             ]
         )
-        return LayerMoments(key, value, query, count, joint)
+        return LayerMoments(key, value, query, count, joint_kv)
 
     def _turned(
         self, moments: GroupMoments, rotary: Rotary | None, num_positions: int

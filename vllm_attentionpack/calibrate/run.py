@@ -14,6 +14,7 @@ from vllm_attentionpack.calibrate.assemble import Budget, check_weights
 from vllm_attentionpack.calibrate.engine import Progress, feed, statistics_engine
 from vllm_attentionpack.calibrate.moments import MAX_AUTO_GROUP_DIMS
 from vllm_attentionpack.calibrate.settings import CalibrateSettings, make_settings
+from vllm_attentionpack.codec.layout import units_of
 from vllm_attentionpack.codec.positions import PRE_ROPE_GROUP_DIMS, common_span
 from vllm_attentionpack.errors import CalibrationDataError
 from vllm_attentionpack.evaluate.data import ChatItem, Dataset, Item, read_dataset
@@ -116,13 +117,20 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
     if settings.validates:
         fitted, held_out = split_items(dataset, settings.validation_share, settings.seed)
     dims = PRE_ROPE_GROUP_DIMS if settings.pre_rope else MAX_AUTO_GROUP_DIMS
+    coded_per_dim = len(units_of(settings.joint_kv)[0])  # of a key's dim, the value's with it
     (collector,) = llm.apply_model(
-        lambda model: Collector.install(model, settings.group_size, dims)
+        lambda model: Collector.install(
+            model, settings.group_size, dims // coded_per_dim, settings.joint_kv
+        )
     )
     found = _fingerprint(llm, collector)
     try:
         budget = Budget(
-            found.num_layers, found.num_kv_heads, found.head_size, collector.heads_per_group
+            found.num_layers,
+            found.num_kv_heads,
+            found.head_size,
+            collector.heads_per_group,
+            settings.joint_kv,
         )
         if settings.ratio != "auto":
             budget.bytes_per_token(settings.ratio)
@@ -139,7 +147,8 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
     finally:
         collector.remove()
     tokens, visual_tokens = collector.tokens, collector.visual_tokens
-    _check_tokens(dataset.path, tokens, collector.heads_per_group * found.head_size)
+    coded_dims = collector.heads_per_group * found.head_size * coded_per_dim
+    _check_tokens(dataset.path, tokens, coded_dims)
     modalities = _modalities(settings, tokens, visual_tokens)
     max_context = settings.max_context or llm.model_config.max_model_len
     logger.info(

@@ -52,6 +52,10 @@ class CalibrateSettings(BaseModel):
         pre_rope: code those planes of keys that RoPE turns far within a span as they were before
             it (`codec.positions.Anchors`). Loses several times less at the same bytes; reading
             rebuilds them, which costs arithmetic.
+        joint_kv: code the keys and values of a head group by one latent for both, as in multi-head
+            latent attention. Loses less at the same bytes, since both come of the same hidden
+            states; what is read is multiplied with queries and with weights both, which costs
+            arithmetic. `auto` groups half as many heads then.
         seed: of the order in which items are taken from the data.
         modalities: 1 codes all tokens by one basis, 2 visual tokens by their own; `auto` takes 2
             when at least `run.MIN_VISUAL_TOKENS` were seen.
@@ -83,6 +87,7 @@ class CalibrateSettings(BaseModel):
     max_context: PositiveInt | None = None
     anchor_span: int | None = Field(default=None, ge=0)
     pre_rope: bool = False
+    joint_kv: bool = False
     seed: int = Field(default=0, ge=0, lt=2**32)
     modalities: Literal["auto", 1, 2] = "auto"
     regularization: PositiveFloat = 1e-2

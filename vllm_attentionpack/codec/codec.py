@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_attentionpack.codec.layout import KINDS, GroupLayout, Kind, LayerLayout, PlaneCounts
+from vllm_attentionpack.codec.layout import GroupLayout, Kind, LayerLayout, PlaneCounts
 from vllm_attentionpack.codec.positions import Anchors
 from vllm_attentionpack.codec.quantize import (
     choose_scale,
@@ -133,11 +133,11 @@ class PlaneCodec:
 
 @dataclass(frozen=True)
 class GroupCodec:
-    """The key and value codecs of one head group; `joint` as in its layout."""
+    """The key and value codecs of one head group; `joint_kv` as in its layout."""
 
     key: PlaneCodec
     value: PlaneCodec
-    joint: bool
+    joint_kv: bool
 
     def encode(
         self, x: Mapping[Kind, Tensor], visual: Tensor | None
@@ -153,7 +153,7 @@ class GroupCodec:
             Of each kind codes `[T, R]`, float32 whole numbers (bfloat16-valued latents in 16-bit
             planes), and float32 scales `[T]` that are exactly representable in one byte.
         """
-        if not self.joint:
+        if not self.joint_kv:
             key, value = self.key.encode(x["key"], visual), self.value.encode(x["value"], visual)
             return {"key": key, "value": value}
         latent = self.key.project(x["key"], visual) + self.value.project(x["value"], visual)
@@ -185,7 +185,7 @@ class LayerCodec:
             GroupCodec(
                 PlaneCodec(basis["key"], group.key),
                 PlaneCodec(basis["value"], group.value),
-                group.joint,
+                group.joint_kv,
             )
             for basis, group in zip(bases, layout.groups, strict=True)
         ]

@@ -150,6 +150,16 @@ class PlaneCounts:
         return tuple(columns)
 
 
+def units_of(joint_kv: bool) -> tuple[tuple[Kind, ...], ...]:
+    """Which of K and V are coded together, in the order of their bytes."""
+    return (KINDS,) if joint_kv else tuple((kind,) for kind in KINDS)
+
+
+def unit_name(kinds: tuple[Kind, ...]) -> str:
+    """K, V or KV."""
+    return "".join(kind[0].upper() for kind in kinds)
+
+
 @dataclass(frozen=True)
 class GroupLayout:
     """Plane counts of one head group.
@@ -157,31 +167,26 @@ class GroupLayout:
     Attributes:
         key: of the planes that keys are read from.
         value: that values are read from.
-        joint: whether these are the same planes: keys and values then share latents, as in
+        joint_kv: whether these are the same planes: keys and values then share latents, as in
             multi-head latent attention (DeepSeek-V2, section 2.1.2), and their scale.
     """
 
     key: PlaneCounts
     value: PlaneCounts
-    joint: bool = False
+    joint_kv: bool = False
 
     def __post_init__(self) -> None:
-        if self.joint and self.key != self.value:
+        if self.joint_kv and self.key != self.value:
             raise ValueError(f"joint keys and values have the same planes, got {self}")
 
     @property
     def units(self) -> tuple[tuple[Kind, ...], ...]:
         """Which of K and V are coded together."""
-        return units_of(self.joint)
+        return units_of(self.joint_kv)
 
     @property
     def bytes_per_token(self) -> int:
         return sum(getattr(self, kinds[0]).bytes_per_token + SCALE_BYTES for kinds in self.units)
-
-
-def units_of(joint: bool) -> tuple[tuple[Kind, ...], ...]:
-    """Which of K and V are coded together, in the order of their bytes."""
-    return (KINDS,) if joint else tuple((kind,) for kind in KINDS)
 
 
 @dataclass(frozen=True)
@@ -222,15 +227,28 @@ class LayerLayout:
                 f"{self.bytes_per_token} bytes per token cannot hold the "
                 f"{self.content_bytes_per_token} bytes of the head groups"
             )
+        if len({group.joint_kv for group in self.groups}) > 1:
+            raise ValueError("keys and values of some head groups are joint, those of others not")
         for group in self.groups:
-            coded_dims = self.group_dims * len(group.units[0])
-            if max(group.key.rank, group.value.rank) > coded_dims:
-                raise ValueError(f"a rank exceeds the {coded_dims} dims of a head group: {group}")
+            if max(group.key.rank, group.value.rank) > self.coded_dims:
+                raise ValueError(
+                    f"a rank exceeds the {self.coded_dims} dims of a head group: {group}"
+                )
 
     @property
     def group_dims(self) -> int:
         """Of the keys of a head group, and of its values: `GD`."""
         return self.heads_per_group * self.head_size
+
+    @property
+    def joint_kv(self) -> bool:
+        """Whether the keys and values of every head group are joint (all are alike)."""
+        return self.groups[0].joint_kv
+
+    @property
+    def coded_dims(self) -> int:
+        """What the latents of a head group are of: `GD`, or `2 GD` where K and V are joint."""
+        return self.group_dims * len(units_of(self.joint_kv)[0])
 
     @cached_property
     def content_bytes_per_token(self) -> int:

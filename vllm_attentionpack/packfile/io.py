@@ -256,7 +256,7 @@ def _read_layer(
                 "encode": (modalities, dims, columns),
                 "decode": (modalities, columns, dims),
                 "weight": (modalities, columns),
-                "variance": (modalities, dims * (2 if group.joint else 1)),
+                "variance": (modalities, dims * (2 if group.joint_kv else 1)),
             }
             fields = {
                 field: _checked(target, _prefix(index, g, kind) + field, shape, tensors)

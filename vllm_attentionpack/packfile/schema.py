@@ -105,10 +105,15 @@ class GroupHeader(_Frozen):
 
     key: PlaneHeader
     value: PlaneHeader
-    joint: bool = False
+    joint_kv: bool = False
+
+    @classmethod
+    def of(cls, layout: GroupLayout) -> "GroupHeader":
+        key, value = PlaneHeader.of(layout.key), PlaneHeader.of(layout.value)
+        return cls(key=key, value=value, joint_kv=layout.joint_kv)
 
     def layout(self) -> GroupLayout:
-        return GroupLayout(self.key.counts(), self.value.counts(), self.joint)
+        return GroupLayout(self.key.counts(), self.value.counts(), self.joint_kv)
 
 
 class RotaryHeader(_Frozen):

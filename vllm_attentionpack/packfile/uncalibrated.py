@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 
-from vllm_attentionpack.codec.codec import LayerCodec
-from vllm_attentionpack.codec.layout import KINDS
+import torch
+from torch import Tensor
+
+from vllm_attentionpack.codec.codec import Basis, LayerCodec
+from vllm_attentionpack.codec.layout import KINDS, Kind
 from vllm_attentionpack.codec.positions import common_span
 from vllm_attentionpack.packfile.schema import (
     FORMAT_VERSION,
@@ -13,7 +16,6 @@ from vllm_attentionpack.packfile.schema import (
     LayerPack,
     Pack,
     PackHeader,
-    PlaneHeader,
     Provenance,
     RotaryHeader,
 )
@@ -56,10 +58,7 @@ def uncalibrated_pack(
             LayerHeader(
                 name=name,
                 bytes_per_token=codec.layout.bytes_per_token,
-                groups=tuple(
-                    GroupHeader(key=PlaneHeader.of(group.key), value=PlaneHeader.of(group.value))
-                    for group in codec.layout.groups
-                ),
+                groups=tuple(map(GroupHeader.of, codec.layout.groups)),
                 rotary=RotaryHeader.of(codec.anchors),
             )
             for name, codec in zip(layer_names, codecs, strict=True)
@@ -67,7 +66,10 @@ def uncalibrated_pack(
     )
     layers = []
     for codec in codecs:
-        bases = [{kind: getattr(group, kind).basis for kind in KINDS} for group in codec.groups]
-        spectra = [{kind: group[kind].mean * 0 for kind in KINDS} for group in bases]
+        bases: list[dict[Kind, Basis]] = [
+            {kind: getattr(group, kind).basis for kind in KINDS} for group in codec.groups
+        ]
+        flat = torch.zeros(codec.num_modalities, codec.layout.coded_dims)
+        spectra: list[dict[Kind, Tensor]] = [{kind: flat for kind in KINDS} for _ in bases]
         layers.append(LayerPack(bases, spectra, codec.anchors))
     return Pack(header, layers)

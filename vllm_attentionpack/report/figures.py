@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from vllm_attentionpack.codec.layout import KINDS
+from vllm_attentionpack.codec.layout import unit_name, units_of
 from vllm_attentionpack.packfile.schema import Pack
 
 #: Colour-blind safe (Okabe and Ito); ours first.
@@ -21,7 +21,6 @@ _PLANE_COLOURS = {
     "scales": "#E69F00",
     "padding": "#BBBBBB",
 }
-_KIND_NAMES = {"key": "K", "value": "V"}
 _MODALITIES = ("text", "visual")
 
 
@@ -91,16 +90,17 @@ def _plotted(value: float | None, metric: str) -> float | None:
 def heat_maps(pack: Pack) -> go.Figure:
     """Retained rank and bits per element of every layer and head group."""
     header = pack.header
-    dims = header.heads_per_group * header.fingerprint.head_size
+    layouts = header.layouts()
+    dims, units = layouts[0].coded_dims, units_of(layouts[0].joint_kv)
     columns = [
-        f"{_KIND_NAMES[kind]} {g}" for kind in KINDS for g in range(len(header.layers[0].groups))
+        f"{unit_name(kinds)} {g}" for kinds in units for g in range(len(header.layers[0].groups))
     ]
     ranks = np.zeros((len(header.layers), len(columns)))
     bits = np.zeros_like(ranks)
-    for i, layer in enumerate(header.layouts()):
-        for k, kind in enumerate(KINDS):
+    for i, layer in enumerate(layouts):
+        for k, kinds in enumerate(units):
             for g, group in enumerate(layer.groups):
-                counts = getattr(group, kind)
+                counts = getattr(group, kinds[0])
                 ranks[i, k * len(layer.groups) + g] = counts.rank
                 bits[i, k * len(layer.groups) + g] = counts.bytes_per_token * 8 / dims
     figure = make_subplots(
@@ -133,17 +133,17 @@ def heat_maps(pack: Pack) -> go.Figure:
 def spectra(pack: Pack) -> go.Figure:
     """The variance of every latent dim, relative to the first; what is cut off is dotted."""
     modalities = range(pack.header.num_modalities)
+    units = units_of(pack.header.layouts()[0].joint_kv)
     figure = make_subplots(
         rows=len(modalities),
-        cols=2,
+        cols=len(units),
         shared_xaxes=True,
         shared_yaxes=True,
         subplot_titles=[
-            f"{'keys' if kind == 'key' else 'values'}, {_MODALITIES[m]}"
-            if len(modalities) == 2
-            else ("keys" if kind == "key" else "values")
+            " and ".join(f"{kind}s" for kind in kinds)
+            + (f", {_MODALITIES[m]}" if len(modalities) == 2 else "")
             for m in modalities
-            for kind in KINDS
+            for kinds in units
         ],
     )
     layers = len(pack.layers)
@@ -152,7 +152,7 @@ def spectra(pack: Pack) -> go.Figure:
         colour = (
             f"rgb({int(30 + 190 * shade)}, {int(90 * (1 - shade)) + 40}, {int(200 * (1 - shade))})"
         )
-        for column, kind in enumerate(KINDS, start=1):
+        for column, (kind, *_) in enumerate(units, start=1):
             variance = layer.variance[0][kind]
             rank = getattr(header.groups[0], kind).counts().rank
             for m in modalities:
@@ -183,13 +183,17 @@ def spectra(pack: Pack) -> go.Figure:
 def byte_bars(pack: Pack) -> go.Figure:
     """Bytes per token of every layer, by what they hold."""
     layouts = pack.header.layouts()
-    order = [(f"{bits} bits", kind) for kind in ("K", "V") for bits in (16, 8, 4, 2)]
+    units = units_of(layouts[0].joint_kv)
+    names = {kinds[0]: unit_name(kinds) for kinds in units}
+    order = [(f"{bits} bits", name) for name in names.values() for bits in (16, 8, 4, 2)]
     order += [("scales", ""), ("padding", "")]
     table = {key: np.zeros(len(layouts)) for key in order}
     for i, layout in enumerate(layouts):
         for plane in layout.planes(16):
+            if plane.kind not in names:  # joint: counted as the key's
+                continue
             name = f"{plane.bits} bits" if plane.bits else "scales"
-            table[name, _KIND_NAMES[plane.kind] if plane.bits else ""][i] += plane.bytes_per_token
+            table[name, names[plane.kind] if plane.bits else ""][i] += plane.bytes_per_token
         table["padding", ""][i] = layout.bytes_per_token - layout.content_bytes_per_token
     figure = go.Figure()
     for (name, kind), values in table.items():

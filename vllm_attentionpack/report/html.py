@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from vllm_attentionpack.codec.layout import KINDS
+from vllm_attentionpack.codec.layout import units_of
 from vllm_attentionpack.errors import ConfigError
 from vllm_attentionpack.packfile import load_pack
 from vllm_attentionpack.packfile.schema import Pack
@@ -102,7 +102,8 @@ def _modality_rows(pack: Pack) -> list[dict[str, Any]]:
     """Per modality and K or V, over all layers: share of the error energy that the codes keep."""
     rows = []
     for m in range(pack.header.num_modalities):
-        for kind in KINDS:
+        for kinds in units_of(pack.header.layouts()[0].joint_kv):
+            kind = kinds[0]
             kept = total = 0.0
             half: list[int] = []
             for layer, header in zip(pack.layers, pack.header.layers, strict=True):
@@ -116,7 +117,7 @@ def _modality_rows(pack: Pack) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "modality": _MODALITIES[m] if pack.header.num_modalities == 2 else "all",
-                    "kind": kind,
+                    "kind": " and ".join(f"{kind}s" for kind in kinds),
                     "kept": kept / max(total, 1e-30),
                     "dims": f"{min(half)} to {max(half)}",
                 }

@@ -7,7 +7,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vllm_attentionpack.codec.layout import KINDS, GroupLayout, LayerLayout, PlaneCounts
+from vllm_attentionpack.codec.layout import (
+    KINDS,
+    GroupLayout,
+    LayerLayout,
+    PlaneCounts,
+    unit_name,
+    units_of,
+)
 from vllm_attentionpack.kv_cache.pages import PageGeometry, page_geometry
 from vllm_attentionpack.packfile.schema import PackHeader, Validation
 
@@ -37,10 +44,10 @@ def pack_facts(header: PackHeader) -> dict[str, Any]:
 
 
 def _group_facts(layout: LayerLayout, group: GroupLayout) -> dict[str, Any]:
-    dims = layout.heads_per_group * layout.head_size
     return {
         "bytes_per_token": group.bytes_per_token,
-        **{kind: _unit_facts(getattr(group, kind), dims) for kind in KINDS},
+        "joint_kv": group.joint_kv,
+        **{kind: _unit_facts(getattr(group, kind), layout.coded_dims) for kind in KINDS},
     }
 
 
@@ -72,6 +79,7 @@ def _header_table(header: PackHeader, facts: dict[str, Any]) -> Table:
         "exact tokens": _exact_tokens(header),
         "max context": f"{header.max_context:,} tokens",
         "anchors": _anchors(header),
+        "keys and values": "joint" if header.layouts()[0].joint_kv else "apart",
         "calibrated on": f"{provenance.tokens:,} tokens, {provenance.visual_tokens:,} visual "
         f"(data {provenance.data_sha256[:12]}, seed {provenance.seed})",
         "made by": f"vllm-attentionpack {provenance.attentionpack_version} with vLLM "
@@ -150,12 +158,12 @@ def _layer_table(facts: dict[str, Any]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for number, layer in enumerate(facts["layers"]):
         for g, group in enumerate(layer["groups"]):
-            for kind in KINDS:
-                unit, first = group[kind], kind == KINDS[0]
+            for kinds in units_of(group["joint_kv"]):
+                unit, first = group[kinds[0]], kinds[0] == KINDS[0]
                 table.add_row(
                     str(number) if first and g == 0 else "",
                     str(g) if first else "",
-                    kind[0].upper(),
+                    unit_name(kinds),
                     f"{unit['rank']}/{unit['dims']}",
                     "/".join(str(unit["dims_by_bits"].get(bits, 0)) for bits in widths),
                     f"{unit['bits_per_element']:.2f}",

@@ -39,9 +39,10 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kernels_match_the_reference(shape):
+@pytest.mark.parametrize("joint_kv", [False, True])
+def test_kernels_match_the_reference(shape, joint_kv):
     heads, group, query_heads, dims, modalities, block_size, causal = shape
-    codec = random_codec(heads, group, dims, modalities, padding=3)
+    codec = random_codec(heads, group, dims, modalities, padding=3, joint_kv=joint_kv)
     case = paged_batch(codec, query_heads, CONTEXTS, FRESH, block_size)
     stops = case.seq_lens if causal else case.context_lens
     found = attend_codes(kernels, codec, case, stops, causal)

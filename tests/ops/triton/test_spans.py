@@ -30,3 +30,8 @@ def test_ranges_in_many_calls(pre_rope, monkeypatch):
     codec, case, steps = case_of(kernels, pre_rope=pre_rope)
     starts = torch.tensor([0, 1, 4, 50, 49, 60, 3, 100], dtype=torch.int32)
     check(codec, case, steps, starts, case.context_lens - 20, False, TOLERANCE)
+
+
+def test_spans_of_joint_keys_and_values():
+    codec, case, steps = case_of(kernels, False, 48, 16, 5, joint_kv=True)
+    check(codec, case, steps, None, case.context_lens, False, TOLERANCE)

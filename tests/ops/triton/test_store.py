@@ -28,14 +28,15 @@ def planes(codec, cache):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("joint_kv", [False, True])
 @pytest.mark.parametrize(
     ("shape", "visual"),
     [((2, 1, 32, 1), True), ((2, 2, 80, 2), True), ((2, 1, 64, 2), False), ((1, 1, 96, 1), False)],
 )
-def test_codes_match_the_reference(shape, visual, dtype):
+def test_codes_match_the_reference(shape, visual, joint_kv, dtype):
     """Products are rounded elsewhere, so that a code in a hundred may fall to its neighbour."""
     heads, group, dims, modalities = shape
-    codec = random_codec(heads, group, dims, modalities, padding=3)
+    codec = random_codec(heads, group, dims, modalities, padding=3, joint_kv=joint_kv)
     generator = torch.Generator().manual_seed(1)
     tokens = 70
     key, value = (torch.randn(tokens, heads, dims, generator=generator).to(dtype) for _ in range(2))
@@ -62,20 +63,24 @@ def test_codes_match_the_reference(shape, visual, dtype):
     assert (found[:, end:] == 77).all(), "padding was written to"
 
 
-def test_pairs_match_the_reference():
+@pytest.mark.parametrize("joint_kv", [False, True])
+def test_pairs_match_the_reference(joint_kv):
     """Both parts of a code are of one number: were they not, errors would be of 16 steps."""
     counts = PlaneCounts(n8=28, n4=16, n2=32, n12=8, n10=16)
-    codec = random_codec(2, 1, 64, 2, key=counts, value=PlaneCounts(n8=8, n4=8, n12=8))
+    value = PlaneCounts(n8=8, n4=8, n12=8)
+    codec = random_codec(2, 1, 64, 2, key=counts, value=value, joint_kv=joint_kv)
     generator = torch.Generator().manual_seed(1)
     key, value = (torch.randn(60, 2, 64, generator=generator) for _ in range(2))
+    tokens = {"key": key, "value": value}
     visual = torch.rand(60, generator=generator) < 0.5
     slots = torch.randperm(5 * BLOCK_SIZE, generator=generator)[:60]
     caches = [stored(ops, codec, key, value, slots, visual) for ops in (reference, kernels)]
-    for kind, tokens in (("key", key), ("value", value)):
+    for kinds in codec.layout.groups[0].units:
         want, got = (
-            latent_errors(codec, kind, tokens, slots, visual, cache, BLOCK_SIZE) for cache in caches
+            latent_errors(codec, kinds, tokens, slots, visual, cache, BLOCK_SIZE)
+            for cache in caches
         )
-        assert set(want) == set(getattr(codec.layout.groups[0], kind).dims_by_bits)
+        assert set(want) == set(getattr(codec.layout.groups[0], kinds[0]).dims_by_bits)
         for bits in want:
             assert got[bits] < (1.6 if bits == 12 else 1.04) * want[bits]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm_attentionpack.codec.codec import LayerCodec
-from vllm_attentionpack.codec.layout import KINDS
+from vllm_attentionpack.codec.layout import KINDS, Kind
 from vllm_attentionpack.ops.batch import QueryBatch
 from vllm_attentionpack.ops.cpu import calls, library
 from vllm_attentionpack.ops.cpu.plan import CpuPlan, EncodeTables, plan_of
@@ -96,18 +96,21 @@ def store_kv(
         chosen, slots = visual[order], slots[order]
         key, value = key[order], value[order]
         split -= int(chosen.sum())
-    for kind, tokens in zip(KINDS, (key, value), strict=True):
-        flat = tokens.flatten(1)
-        dims = codec.layout.heads_per_group * codec.layout.head_size
-        for g, encode in enumerate(plan.encode):
-            latent = _encode(flat[:, g * dims : (g + 1) * dims], encode[kind], split)
+    tokens: dict[Kind, Tensor] = {"key": key.flatten(1), "value": value.flatten(1)}
+    dims = codec.layout.group_dims
+    for g, (group, encode) in enumerate(zip(codec.layout.groups, plan.encode, strict=True)):
+        of_group = slice(g * dims, (g + 1) * dims)
+        for first, *joint in group.units:
+            latent = _encode(tokens[first][:, of_group], encode[first], split)
+            for kind in joint:
+                latent += _encode(tokens[kind][:, of_group], encode[kind], split)
             calls.store(
                 latent,
-                encode[kind].step,
-                encode[kind].weight,
+                encode[first].step,
+                encode[first].weight,
                 slots,
                 chosen,
-                table[g, KINDS.index(kind)],
+                table[g, KINDS.index(first)],
                 kv_cache,
                 block_size,
             )
@@ -134,7 +137,7 @@ def decompress(
     """See `ops.reference.decompress`."""
     plan = _plan(codec, dtype)
     layout = codec.layout
-    dims = layout.heads_per_group * layout.head_size
+    dims = layout.group_dims
     bfloat16 = dtype == torch.bfloat16
     out = torch.empty(2, tokens, layout.num_kv_heads * layout.head_size, dtype=dtype)
     for g, bases in enumerate(plan.decode(dtype if bfloat16 else torch.float32)):

@@ -102,13 +102,14 @@ def store_kv(
     prepared = prepare(codec)
     key, value = _heads_contiguous(key), _heads_contiguous(value)
     k, v = (prepared.encoders[kind] for kind in ("key", "value"))
-    groups, modalities, dims, _ = k.basis.values.shape
+    layout = codec.layout
+    groups, dims, joint_kv = len(layout.groups), layout.group_dims, layout.joint_kv
     tiles = prepared.encoding_tiles
     shape = encode_shape(prepared, tokens)
     constants = tiles["key"].constants("K") | tiles["value"].constants("V")
     for unread in ("WIDTH", "FULL", "JOINED"):
         del constants[f"K_{unread}"], constants[f"V_{unread}"]
-    store_kernel[(-(-tokens // shape.tokens), groups, 2)](
+    store_kernel[(-(-tokens // shape.tokens), groups, 1 if joint_kv else 2)](
         key,
         value,
         kv_cache,
@@ -133,12 +134,13 @@ def store_kv(
         GROUP_DIMS=dims,
         BLOCK_DIMS=_divisor(dims, shape.dims),
         TOKENS=shape.tokens,
-        MODALITIES=modalities,
+        MODALITIES=codec.num_modalities,
         HAS_VISUAL=visual is not None,
         K_STEPS=k.steps,
         V_STEPS=v.steps,
         K_PAIRS=k.pairs,
         V_PAIRS=v.pairs,
+        JOINT_KV=joint_kv,
         **constants,
         num_warps=shape.warps,
         num_stages=2,

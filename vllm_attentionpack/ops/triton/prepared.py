@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vllm_attentionpack.codec.codec import LayerCodec
-from vllm_attentionpack.codec.layout import KINDS, Kind
+from vllm_attentionpack.codec.layout import KINDS, Kind, units_of
 from vllm_attentionpack.codec.positions import PRE_ROPE_GROUP_DIMS
 from vllm_attentionpack.codec.quantize import step_and_distortion
 from vllm_attentionpack.errors import ConfigError
@@ -58,11 +58,11 @@ class HalfBasis:
 
 @dataclass(frozen=True)
 class Encoder:
-    """The encoding side of K or of V.
+    """The encoding side of K, of V or, for either, of both where they are joint.
 
     Attributes:
-        basis: `[groups, M, G * D, C]`.
-        mean: float32 `[groups, M, G * D]`.
+        basis: `[groups, M, G * D, C]`, or `2 * G * D` rows, K first, where K and V are joint.
+        mean: float32 `[groups, M, G * D]`, or as many.
         weight: float32 `[groups, M, C]`, zero where padded.
         steps: quantiser step for unit variance of each piece.
         codes: float32 `[groups, 3, C]`: of each column's whole code the zero point, the quantiser
@@ -115,7 +115,7 @@ class Prepared:
                 "the ops 'triton' read planes of 8, 4 and 2 bits; this pack holds 16-bit latents, "
                 "which exist for tests and debugging. Serve it with ops = 'reference'."
             )
-        anchors, dims = self.codec.anchors, layout.heads_per_group * layout.head_size
+        anchors, dims = self.codec.anchors, layout.coded_dims
         if anchors is not None and anchors.pre_rope and dims > PRE_ROPE_GROUP_DIMS:
             raise ConfigError(
                 f"a head group of this pack has {dims} dims, and planes of its keys are coded "
@@ -224,11 +224,14 @@ class Prepared:
     @cached_property
     def encoders(self) -> "dict[Kind, Encoder]":
         """What `store_kv` reads for K and for V."""
-        return {kind: self._encoder(kind) for kind in KINDS}
+        units = units_of(self.codec.layout.joint_kv)
+        made = [(kinds, self._encoder(kinds)) for kinds in units]
+        return {kind: encoder for kinds, encoder in made for kind in kinds}
 
-    def _encoder(self, kind: Kind) -> "Encoder":
+    def _encoder(self, kinds: "tuple[Kind, ...]") -> "Encoder":
+        kind = kinds[0]
         layout, tiles = self.codec.layout, self.encoding_tiles[kind]
-        dims = layout.heads_per_group * layout.head_size
+        dims = len(kinds) * layout.group_dims
         shape = (len(layout.groups), self.codec.num_modalities, tiles.columns)
         basis = torch.zeros(*shape[:2], dims, tiles.columns, device=self.device)
         weight = torch.zeros(shape, device=self.device)
@@ -236,14 +239,18 @@ class Prepared:
         for g, (group, _) in enumerate(self.codec.group_heads()):
             plane = getattr(group, kind)
             whole = torch.stack([plane.whole_zero_point, plane.step, plane.shift])
+            encode = torch.cat([getattr(group, of).basis.encode for of in kinds], 1)
             for columns, latent, _ in tiles.dims(g):
-                basis[g][..., columns] = plane.basis.encode[..., latent]
+                basis[g][..., columns] = encode[..., latent]
                 weight[g][..., columns] = plane.basis.weight[..., latent]
                 codes[g][:, columns] = whole[:, latent]
-        mean = torch.stack([getattr(g, kind).basis.mean for g, _ in self.codec.group_heads()])
+        means = [
+            torch.cat([getattr(group, of).basis.mean for of in kinds], 1)
+            for group, _ in self.codec.group_heads()
+        ]
         steps = tuple(step_and_distortion(piece.bits)[0] for piece in tiles.pieces)
         pairs = any(getattr(group, kind).pairs for group in layout.groups)
-        return Encoder(HalfBasis.of(basis), mean.contiguous(), weight, steps, codes, pairs)
+        return Encoder(HalfBasis.of(basis), torch.stack(means), weight, steps, codes, pairs)
 
     def _decode(self, kind: Kind) -> Tensor:
         """float32 `[Hk, M, C, D]`: the decode basis with a row per column, zero where padded."""

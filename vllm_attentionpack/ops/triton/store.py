@@ -61,8 +61,13 @@ def store_kernel(
     V_COLUMNS: tl.constexpr,
     V_STEPS: tl.constexpr,
     V_PAIRS: tl.constexpr,
+    JOINT_KV: tl.constexpr,
 ):
-    """`TOKENS` tokens of one head group, K or V; both in one launch."""
+    """`TOKENS` tokens of one head group, K or V; both in one launch.
+
+    Where they are joint, what is given for V but `value` is unread, and the basis and the mean of K
+    are of both, `[groups, M, 2 * G * D, ..]`.
+    """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     group = tl.program_id(1)
     slot = tl.load(slot_mapping + token, mask=token < num_tokens, other=-1).to(tl.int64)
@@ -74,17 +79,21 @@ def store_kernel(
     base = cache + slot // BLOCK_SIZE * block_bytes
     within = (slot % BLOCK_SIZE).to(tl.int32)
     token = tl.where(stored, token, 0).to(tl.int64)
+    keys = key + token * key_stride + group * GROUP_DIMS
+    values = value + token * value_stride + group * GROUP_DIMS
+    sources: tl.constexpr = 2 if JOINT_KV else 1
     if tl.program_id(2) == 0:
         _encode(
-            key + token * key_stride + group * GROUP_DIMS,
+            keys,
+            values,
             base,
             within,
             stored,
             seen_as,
             planes + group * 14,
-            k_basis + group.to(tl.int64) * MODALITIES * GROUP_DIMS * K_COLUMNS,
+            k_basis + group.to(tl.int64) * MODALITIES * sources * GROUP_DIMS * K_COLUMNS,
             k_basis_scale + group * MODALITIES,
-            k_mean + group * MODALITIES * GROUP_DIMS,
+            k_mean + group * MODALITIES * sources * GROUP_DIMS,
             k_weight + group * MODALITIES * K_COLUMNS,
             k_codes + group * 3 * K_COLUMNS,
             GROUP_DIMS,
@@ -100,10 +109,12 @@ def store_kernel(
             K_COLUMNS,
             K_STEPS,
             K_PAIRS,
+            sources,
         )
     else:
         _encode(
-            value + token * value_stride + group * GROUP_DIMS,
+            values,
+            values,
             base,
             within,
             stored,
@@ -127,12 +138,14 @@ def store_kernel(
             V_COLUMNS,
             V_STEPS,
             V_PAIRS,
+            1,
         )
 
 
 @triton.jit
 def _encode(
-    x,
+    first,  # pointers [TOKENS] to the dims of the tokens
+    second,  # likewise, to more of them; unread if SOURCES is 1
     base,
     within,
     stored,
@@ -156,6 +169,7 @@ def _encode(
     COLUMNS: tl.constexpr,
     STEPS: tl.constexpr,
     PAIRS: tl.constexpr,
+    SOURCES: tl.constexpr,
 ):
     at, scales_at = plane_addresses(planes, BITS, ALIGN)
     rank = (tl.load(planes) + 2 * tl.load(planes + 2) + 4 * tl.load(planes + 4)) * ALIGN
@@ -173,13 +187,18 @@ def _encode(
             mine = stored & (seen_as == modality)
         unit = tl.where(mine, tl.load(basis_scale + modality), unit)
         bound = tl.where(tl.max(mine.to(tl.int32), 0) > 0, GROUP_DIMS, 0)
-        for start in range(0, bound, BLOCK_DIMS):
-            d = start + tl.arange(0, BLOCK_DIMS)
-            taken = tl.load(x[:, None] + d[None, :], mask=mine[:, None], other=0.0).to(tl.float32)
-            taken = taken - tl.load(means + modality * GROUP_DIMS + d)[None, :]
-            taken = tl.where(mine[:, None], taken, 0.0).to(tl.float16)
-            rows = basis + ((modality * GROUP_DIMS + d) * COLUMNS)[:, None]
-            latents = _project(taken, rows, latents, BITS, SIZE, COLUMN, OPERAND)
+        for source in tl.static_range(SOURCES):
+            x = first
+            if source == 1:
+                x = second
+            begin = (modality * SOURCES + source) * GROUP_DIMS
+            for start in range(0, bound, BLOCK_DIMS):
+                d = start + tl.arange(0, BLOCK_DIMS)
+                taken = tl.load(x[:, None] + d[None, :], mask=mine[:, None], other=0.0)
+                taken = taken.to(tl.float32) - tl.load(means + begin + d)[None, :]
+                taken = tl.where(mine[:, None], taken, 0.0).to(tl.float16)
+                rows = basis + ((begin + d) * COLUMNS)[:, None]
+                latents = _project(taken, rows, latents, BITS, SIZE, COLUMN, OPERAND)
 
     squares = tl.zeros((TOKENS,), tl.float32)
     largest = tl.zeros((TOKENS,), tl.float32)

@@ -201,9 +201,11 @@ def plane_constants(
     """Where the planes of a block lie, at compile time, for head groups that are alike.
 
     The planes of a group begin `GROUP_BYTES` behind those of the one before it, 0 where groups
-    differ: `plane_table` is read then.
+    differ: `plane_table` is read then. So it is where joint scales lie closer than the kernel has
+    it for groups that are alike.
     """
     alike = all(kind_tiles.uniform for kind_tiles in tiles.values())
+    alike = alike and not (layout.joint_kv and len(layout.groups) > 1)
     first = {(p.kind, p.bits): p for p in layout.planes(block_size) if p.group == 0}
     group_bytes = first["key", 0].offset // len(layout.groups)
     found: dict[str, object] = {"GROUP_BYTES": group_bytes if alike else 0}
