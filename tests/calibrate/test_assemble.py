@@ -25,29 +25,38 @@ N = HK // G
 
 
 def planted(
-    seed: int, modalities: int = 2, gram_scale: float = 1.0
+    seed: int, modalities: int = 2, gram_scale: float = 1.0, joint_kv: bool = False
 ) -> tuple[LayerStatistics, torch.Tensor]:
     """A layer whose keys and values lie in `RANK` of each group's dims, per modality.
 
-    Returns the statistics and, for the first modality, samples `[T, HK, D]` of keys.
+    Where they are joint, both follow from the same `RANK` numbers. Returns the statistics and, for
+    the first modality, samples `[T, HK, D]` of keys.
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def moments() -> tuple[GroupMoments, torch.Tensor]:
-        basis = torch.randn(modalities, N, RANK, G * D, generator=generator, dtype=torch.float64)
-        mean = torch.randn(modalities, N, G * D, generator=generator, dtype=torch.float64)
+    def moments(dims: int) -> tuple[GroupMoments, torch.Tensor]:
+        basis = torch.randn(modalities, N, RANK, dims, generator=generator, dtype=torch.float64)
+        mean = torch.randn(modalities, N, dims, generator=generator, dtype=torch.float64)
         covariance = basis.mT @ basis
         second = covariance + mean[..., :, None] * mean[..., None, :]
         latent = torch.randn(500, N, 1, RANK, generator=generator, dtype=torch.float64)
         sample = (latent @ basis[0]).squeeze(2) + mean[0]
-        return GroupMoments(second, mean), sample.reshape(500, HK, D)
+        return GroupMoments(second, mean), sample[..., : G * D].reshape(500, HK, D)
 
-    key, sample = moments()
-    value, _ = moments()
+    joint = None
+    if joint_kv:
+        joint, sample = moments(2 * G * D)
+        keys, values = slice(G * D), slice(G * D, None)
+        key, value = (
+            GroupMoments(joint.second[..., of, of], joint.mean[..., of]) for of in (keys, values)
+        )
+    else:
+        key, sample = moments(G * D)
+        value, _ = moments(G * D)
     weight = torch.randn(HQ, D, 3 * D, generator=generator, dtype=torch.float64) * gram_scale
     query = torch.randn(HQ, 50, D, generator=generator, dtype=torch.float64)
     count = torch.tensor([3000, 1000][:modalities])
-    layer_moments = LayerMoments(key, value, query.mT @ query / 50, count)
+    layer_moments = LayerMoments(key, value, query.mT @ query / 50, count, joint)
     return LayerStatistics(
         f"layers.{seed}.attn", D**-0.5, layer_moments, weight @ weight.mT
     ), sample
@@ -72,6 +81,40 @@ def test_budget_is_met_and_nearly_used(ratio: float, modalities: int) -> None:
                 assert bases[kind].encode.shape == (modalities, G * D, columns)
                 assert bases[kind].encode.dtype == torch.float32
                 assert variance[kind].shape == (modalities, G * D)
+
+
+def test_joint_keys_and_values_lose_less_where_both_follow_from_the_same() -> None:
+    shared = planted(0, joint_kv=True)[0]
+    apart = replace(shared, moments=replace(shared.moments, joint_kv=None))
+    joint = Assembler([shared], G, 1e-3)
+    assert joint.budget.fixed_bytes == N < Assembler([apart], G, 1e-3).budget.fixed_bytes
+    lost, lost_apart = (
+        sum(assembler.at(16).distortion.values())
+        for assembler in (joint, Assembler([apart], G, 1e-3))
+    )
+    assert lost < 0.2 * lost_apart
+    (header,), (pack,) = (found := joint.at(16)).headers, found.packs
+    assert header.bytes_per_token <= HK * D * 4 / 16
+    for group, bases, variance in zip(header.groups, pack.bases, pack.variance, strict=True):
+        assert group.joint_kv and group.key == group.value
+        assert torch.equal(variance["key"], variance["value"])
+        assert variance["key"].shape == (2, 2 * G * D)
+        for kind in ("key", "value"):
+            columns = group.key.counts().num_columns
+            assert bases[kind].decode.shape == (2, columns, G * D)
+
+
+def test_joint_keys_and_values_are_coded_by_what_either_is_worth() -> None:
+    """Prices of keys and values turn the basis that both share."""
+    assembler = Assembler([planted(0, joint_kv=True)[0]], G, 1e-2)
+    even, dear = (  # fewer bytes than the planted dims want
+        assembler.at(30, sensitivity={(0, "key"): price, (0, "value"): 1.0}).distortion
+        for price in (1.0, 1000.0)
+    )
+    assert dear[0, "key"] < 0.95 * even[0, "key"]
+    assert dear[0, "value"] > even[0, "value"]
+    nothing = assembler.at(30, sensitivity={(0, "key"): 0.0, (0, "value"): 1.0}).distortion
+    assert nothing[0, "value"] <= even[0, "value"] * (1 + 1e-6)
 
 
 def test_planted_low_rank_survives_eightfold_compaction() -> None:

@@ -27,13 +27,13 @@ def visual_mask() -> torch.Tensor:
 
 
 def accumulate(
-    rotary: Rotary | None, *sizes: int, visual: torch.Tensor | None
+    rotary: Rotary | None, *sizes: int, visual: torch.Tensor | None, joint_kv: bool = False
 ) -> MomentAccumulator:
     """Adds the same tokens in pieces of `sizes`."""
     query, key, value = tokens(0)
     if rotary is not None:
         query, key = rotary.turn(query, POSITIONS), rotary.turn(key, POSITIONS)
-    moments = MomentAccumulator(HQ, HK, D, G, rotary)
+    moments = MomentAccumulator(HQ, HK, D, G, rotary, joint_kv)
     start = 0
     for size in sizes:
         part = slice(start, start + size)
@@ -129,6 +129,33 @@ def test_planes_coded_pre_rope_stay_as_at_position_0() -> None:
     second, mean = expected_group(torch.cat(turns))
     close(result.key.second[0], second)
     close(result.key.mean[0], mean)
+
+
+@pytest.mark.parametrize("planes", [0, 2])
+def test_joint_moments_hold_what_keys_and_values_have_in_common(planes: int) -> None:
+    """Of keys at every position of a span, values where they are."""
+    span = 37
+    moments = accumulate(ROTARY, 100, 100, visual=visual_mask(), joint_kv=True)
+    anchors = Anchors(ROTARY, span, planes)
+    result = moments.finalize(1000, 2, anchors)
+    apart = accumulate(ROTARY, 100, 100, visual=visual_mask()).finalize(1000, 2, anchors)
+    joint = result.joint_kv
+    assert joint is not None and apart.joint_kv is None
+    for name in ("key", "value"):
+        close(getattr(result, name).second, getattr(apart, name).second)
+        close(getattr(result, name).mean, getattr(apart, name).mean)
+    close(result.query, apart.query)
+    _, key, value = tokens(0)
+    for m, chosen in enumerate((~visual_mask(), visual_mask())):
+        pairs = []
+        for n in range(span):
+            cos, sin = ROTARY.tables(torch.full((T,), n))
+            cos[:, :planes], sin[:, :planes] = 1, 0
+            grouped = ROTARY.turn_by(key, cos, sin).view(T, N, G * D), value.view(T, N, G * D)
+            pairs.append(torch.cat(grouped, -1)[chosen].double())
+        both = torch.cat(pairs)
+        close(joint.second[m], torch.einsum("tna,tnb->nab", both, both) / len(both))
+        close(joint.mean[m], both.mean(0))
 
 
 def test_which_planes_are_coded_pre_rope() -> None:

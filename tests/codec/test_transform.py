@@ -65,6 +65,44 @@ def test_measured_distortion_is_what_the_spectrum_predicts(counts):
     assert (0.35 if counts.pairs else 0.75) * predicted < measured < 1.25 * predicted
 
 
+@pytest.mark.parametrize("prices", [(1.0, 1.0), (0.2, 9.0)])
+def test_errors_of_heads_are_those_that_are_foretold(prices):
+    """By the metric of each head times its price, and in all what the spectrum says."""
+    generator = torch.Generator().manual_seed(5)
+    data = gaussian(TOKENS, DIMS, 0.08, generator)
+    metric = torch.stack([spd(DIMS // 2, generator) for _ in range(2)])
+    second, mean = moments(data[None])
+    count = torch.tensor([TOKENS])
+    plain = principal_basis(second, mean, count, [metric[:1], metric[1:]], 1e-9)
+    priced = plain.priced(prices)
+    wanted = principal_basis(
+        second, mean, count, [metric[:1] * prices[0], metric[1:] * prices[1]], 1e-9
+    )
+    assert torch.allclose(priced.spectrum, wanted.spectrum, rtol=1e-4)
+    counts = PlaneCounts(n4=16, n2=16)
+    codec = PlaneCodec(priced.truncate(counts), counts)
+    codes, scale = codec.encode(data, None)
+    error = codec.reconstruct(codes, scale, torch.zeros(TOKENS, dtype=torch.bool)).double() - data
+    halves = error.unflatten(1, (2, -1))
+    measured = torch.einsum("thi,hij,thj->h", halves, metric, halves) / TOKENS
+    foretold = priced.errors(counts) / torch.tensor(prices)
+    assert torch.allclose(measured, foretold, rtol=0.25)
+    kept = sum(step_and_distortion(b)[1] * n for b, n in counts.dims_by_bits.items())
+    assert 0 < kept < counts.rank
+
+
+def test_dearer_heads_lose_less():
+    generator = torch.Generator().manual_seed(6)
+    data = gaussian(TOKENS, DIMS, 0.08, generator)
+    metric = torch.eye(DIMS // 2, dtype=torch.float64).expand(2, -1, -1)
+    second, mean = moments(data[None])
+    plain = principal_basis(second, mean, torch.tensor([TOKENS]), [metric], 1e-9)
+    counts = PlaneCounts(n4=16, n2=16)
+    dear = plain.priced((1.0, 100.0)).errors(counts) / torch.tensor([1.0, 100.0])
+    assert dear[1] < 0.5 * plain.errors(counts)[1]
+    assert dear[0] > plain.errors(counts)[0]
+
+
 def test_planted_low_rank_is_found():
     generator = torch.Generator().manual_seed(2)
     factor = torch.randn(12, DIMS, generator=generator, dtype=torch.float64)

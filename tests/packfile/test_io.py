@@ -49,6 +49,18 @@ def test_one_modality_and_joint_heads_round_trip(tmp_path):
     assert loaded.layers[0].bases[0]["key"].encode.shape == (1, 32, 32)
 
 
+def test_joint_keys_and_values_round_trip(tmp_path):
+    counts = PlaneCounts(n8=4, n4=8, n2=16)
+    pack = pack_of(
+        lambda _: random_codec(2, 1, 16, 2, counts, joint_kv=True), FINGERPRINT, ["a", "b"]
+    )
+    save_pack(pack, tmp_path / "p")
+    loaded = load_pack(tmp_path / "p")
+    assert_equal(loaded, pack)
+    assert all(layout.joint_kv for layout in loaded.header.layouts())
+    assert loaded.layers[0].variance[0]["key"].shape == (2, 32)
+
+
 def test_transposed_and_shared_tensors_can_be_saved(tmp_path):
     shared = torch.randn(2, 12, 16)
     layers = list(PACK.layers)

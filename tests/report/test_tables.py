@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from vllm_attentionpack.codec.layout import PlaneCounts
+from vllm_attentionpack.codec.layout import GroupLayout, PlaneCounts
 from vllm_attentionpack.evaluate.compare import Comparison
 from vllm_attentionpack.evaluate.run import Evaluation
 from vllm_attentionpack.packfile.schema import (
@@ -13,11 +13,10 @@ from vllm_attentionpack.packfile.schema import (
     GroupHeader,
     LayerHeader,
     PackHeader,
-    PlaneHeader,
     Provenance,
 )
 from vllm_attentionpack.report.evaluation import evaluation_table
-from vllm_attentionpack.report.inspect import pack_tables
+from vllm_attentionpack.report.inspect import pack_facts, pack_tables
 from vllm_attentionpack.report.machine import describe_machine
 from vllm_attentionpack.report.markdown import with_figures
 
@@ -78,7 +77,19 @@ def test_pack_tables_show_every_figure_in_a_narrow_terminal():
         assert cell in shown.split()
 
 
-def wide_header(model: str) -> PackHeader:
+def test_joint_keys_and_values_have_one_line():
+    facts = pack_facts(wide_header("model", joint_kv=True))
+    group = facts["layers"][0]["groups"][0]
+    assert group["joint_kv"] and group["key"] == group["value"]
+    assert group["key"]["dims"] == 2048
+    console = Console(width=80, record=True)
+    console.print(pack_tables(wide_header("model", joint_kv=True)))
+    shown = console.export_text().split()
+    assert "KV" in shown and "joint" in shown and "848/2048" in shown
+    assert not {"K", "V"} & set(shown)
+
+
+def wide_header(model: str, joint_kv: bool = False) -> PackHeader:
     """Of a model with eight KV heads of 128 dims, all in one group."""
     fingerprint = Fingerprint(
         architecture="TestForCausalLM",
@@ -92,7 +103,7 @@ def wide_header(model: str) -> PackHeader:
         PlaneCounts(n8=128, n4=512, n2=256, n12=16, n10=32),
         PlaneCounts(n8=64, n4=512, n2=256),
     )
-    group = GroupHeader(key=PlaneHeader.of(key), value=PlaneHeader.of(value))
+    group = GroupHeader.of(GroupLayout(key, key if joint_kv else value, joint_kv))
     return PackHeader(
         format_version=1,
         fingerprint=fingerprint,
