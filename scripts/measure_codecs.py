@@ -17,7 +17,7 @@ from pathlib import Path
 from calibration_study.options import simulation_parser, started
 from calibration_study.setting import drawn_items, store
 
-from vllm_attentionpack.calibrate.moments import auto_group_size
+from vllm_attentionpack.calibrate.moments import MAX_AUTO_GROUP_DIMS, auto_group_size
 from vllm_attentionpack.calibrate.settings import PRE_ROPE_ANCHOR_SPAN
 from vllm_attentionpack.codec.positions import PRE_ROPE_GROUP_DIMS
 from vllm_attentionpack.evaluate.baselines.catalogue import baselines
@@ -36,6 +36,7 @@ def main() -> int:
     parser.add_argument("--exact-ratios", type=float, nargs="+", default=[4, 6, 8, 10, 12, 16])
     parser.add_argument("--short-spans", type=int, nargs="*", default=[64, 16, 1])
     parser.add_argument("--pre-rope-spans", type=int, nargs="*", default=[PRE_ROPE_ANCHOR_SPAN])
+    parser.add_argument("--no-joint-kv", action="store_true", help="leave these rows out")
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--recent", type=int, default=64)
     options = parser.parse_args()
@@ -73,27 +74,34 @@ def main() -> int:
                     codecs = beside.at(ratio).codecs(table.device)
                     windowed = PackCodec(setting.shape, codecs, kept)
                     table.add(f"ours, {exact}", f"ours {ratio:g}x codes, {exact}", windowed)
-        forms = [(span, False) for span in options.short_spans]
-        forms += [(span, True) for span in options.pre_rope_spans]
-        for span, pre_rope in forms:
-            group_size = max(setting.group_sizes)
-            if pre_rope:  # as `calibrate` groups them
-                heads, dims = setting.shape.num_kv_heads, setting.shape.head_size
-                group_size = auto_group_size(heads, dims, PRE_ROPE_GROUP_DIMS)
+        default_span = setting.anchor_span
+        forms = [(span, False, False) for span in options.short_spans]
+        forms += [(span, True, False) for span in options.pre_rope_spans]
+        if not options.no_joint_kv:
+            forms += [(default_span, False, True)]
+            forms += [(span, True, True) for span in options.pre_rope_spans]
+        for span, pre_rope, joint_kv in forms:
+            # as `calibrate` groups heads
+            most = PRE_ROPE_GROUP_DIMS if pre_rope else MAX_AUTO_GROUP_DIMS
+            most //= 2 if joint_kv else 1
+            heads, dims = setting.shape.num_kv_heads, setting.shape.head_size
             assembler = setting.assembler(
-                group_size,
+                auto_group_size(heads, dims, most),
                 options.max_context,
                 anchor_span=span,
                 pre_rope=pre_rope,
+                joint_kv=joint_kv,
             )
             for ratio, beside in product((4.0, 8.0, 16.0), (ExactTokens(), kept)):
-                what = [exact] if beside else []
                 keys = f"anchors every {span}" if span > 1 else "un-rotated keys"
                 keys += " and pre-RoPE" if pre_rope else ""
-                what = ", ".join([*what, keys])
+                what = [exact] if beside else []
+                what += [keys] if span != default_span else []
+                what += ["joint K/V"] if joint_kv else []
                 assembled = setting.priced(assembler, exact=beside, ratio=ratio).at(ratio)
                 codec = PackCodec(setting.shape, assembled.codecs(table.device), beside)
-                table.add(f"ours, {what}", f"ours {ratio:g}x codes, {what}", codec)
+                named = ", ".join(what)
+                table.add(f"ours, {named}", f"ours {ratio:g}x codes, {named}", codec)
     return 0
 
 

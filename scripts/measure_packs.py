@@ -44,6 +44,7 @@ def main() -> int:
                 "max_context": options.max_context,
                 "anchor_span": options.anchor_span,
                 "pre_rope": options.pre_rope,
+                "joint_kv": options.joint_kv,
                 "max_tokens": options.calibration_tokens,
                 "sensitivity_tokens": options.sensitivity_tokens,
             }

@@ -23,6 +23,7 @@ def subject_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--max-context", type=int, default=512)
     parser.add_argument("--anchor-span", type=int, help="[default: calibrate's]")
     parser.add_argument("--pre-rope", action="store_true", help="as calibrate's")
+    parser.add_argument("--joint-kv", action="store_true", help="as calibrate's")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser
 
