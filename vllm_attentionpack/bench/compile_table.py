@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,7 @@ def cases() -> list[Case]:
     """Every kind of layer and step that the kernels are built for, no two of which launch alike."""
     joint, many = LayerShape(32, 8, 128, 8, 8), LayerShape(32, 32, 128, 8, 8)
     single, pairs = LayerShape(32, 8, 128, 1, 8), LayerShape(32, 8, 128, 2, 8)
+    joint_single = replace(single, joint_kv=True)
     out = [
         Case(joint),
         Case(joint, requests=1, context=32768),
@@ -182,6 +183,11 @@ def cases() -> list[Case]:
         Case(single, span=64, pre_rope=10),
         Case(pairs, span=64, pre_rope=10),
         Case(LayerShape(32, 8, 128, 2, 4), span=64, pre_rope=10),
+        Case(joint_single),
+        Case(joint_single, query_len=2048, requests=2),
+        Case(joint_single, span=64, pre_rope=10),
+        Case(LayerShape(32, 8, 128, 1, 8, modalities=2, joint_kv=True)),
+        Case(LayerShape(32, 8, 128, 2, 8, joint_kv=True)),
     ]
     out += [Case(LayerShape(16, 4, size, 4, 8), dtype=torch.float16) for size in (64, 80, 96)]
     out += [Case(joint, block_size=16)]

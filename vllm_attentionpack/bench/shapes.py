@@ -16,6 +16,7 @@ from vllm_attentionpack.codec.layout import (
     Kind,
     LayerLayout,
     PlaneCounts,
+    units_of,
 )
 from vllm_attentionpack.codec.transform import PrincipalBasis
 
@@ -37,6 +38,7 @@ class LayerShape:
         modalities: `M`.
         spread: how fast variances fall over the dims of a head group: the last is `exp(-spread)` of
             the first.
+        joint_kv: one latent for the keys and values of a head group.
     """
 
     query_heads: int
@@ -46,6 +48,7 @@ class LayerShape:
     ratio: float
     modalities: int = 1
     spread: float = 6.0
+    joint_kv: bool = False
 
     @property
     def name(self) -> str:
@@ -53,17 +56,20 @@ class LayerShape:
             f"{self.query_heads}/{self.kv_heads}x{self.head_size} "
             f"G={self.heads_per_group} ratio {self.ratio:g}"
             + (f" M={self.modalities}" if self.modalities > 1 else "")
+            + (" joint K/V" if self.joint_kv else "")
             + (" with pairs" if any(group.key.pairs for group in self.layout().groups) else "")
         )
 
     def layout(self) -> LayerLayout:
         """Planes by the allocator, for variances that fall exponentially."""
-        dims = self.heads_per_group * self.head_size
+        units = units_of(self.joint_kv)
+        dims = self.heads_per_group * self.head_size * len(units[0])
         curve = unit_curve(np.exp(-self.spread * np.arange(dims) / dims))
-        dense = 2 * dims * DENSE_BYTES
-        budget = (dense / self.ratio - 2 * SCALE_BYTES) // PLANE_QUANTUM
-        key, value = fill([curve, curve], [KEY_WEIGHT, 1.0], int(budget))
-        group = GroupLayout(curve.choices[key], curve.choices[value])
+        dense = len(units) * dims * DENSE_BYTES
+        budget = (dense / self.ratio - len(units) * SCALE_BYTES) // PLANE_QUANTUM
+        spent = fill([curve] * len(units), [KEY_WEIGHT, 1.0][: len(units)], int(budget))
+        key, value = curve.choices[spent[0]], curve.choices[spent[-1]]
+        group = GroupLayout(key, value, self.joint_kv)
         groups = (group,) * (self.kv_heads // self.heads_per_group)
         size = sum(g.bytes_per_token for g in groups)
         return LayerLayout(groups, self.heads_per_group, self.head_size, size)
@@ -77,17 +83,18 @@ class LayerShape:
         layout = self.layout()
         bases: list[dict[Kind, Basis]] = []
         for group in layout.groups:
-            pair: dict[Kind, Basis] = {}
-            for kind in KINDS:
-                counts = getattr(group, kind)
-                pair[kind] = _random_basis(
-                    layout.heads_per_group * layout.head_size,
-                    counts,
+            found = [
+                _random_basis(
+                    layout.coded_dims,
+                    getattr(group, kinds[0]),
                     self.modalities,
                     device,
                     seed + len(bases),
                 )
-            bases.append(pair)
+                for kinds in group.units
+            ]
+            pair = found[0].split(layout.group_dims) if self.joint_kv else found
+            bases.append(dict(zip(KINDS, pair, strict=True)))
         return LayerCodec(layout, bases)
 
 
