@@ -89,6 +89,27 @@ class CalibratedPacks:
 
 
 @pytest.fixture(scope="session")
+def joint_kv_pack(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8x with one latent for keys and values, anchors, pre-RoPE planes, priced as by default."""
+    from vllm_attentionpack.calibrate.run import calibrate
+
+    engines.close()
+    path = tmp_path_factory.mktemp("joint") / "joint.safetensors"
+    calibrate(
+        str(MODEL),
+        CALIBRATION_DATA,
+        8.0,
+        path,
+        joint_kv=True,
+        max_model_len=1024,
+        anchor_span=128,
+        pre_rope=True,
+        sensitivity_tokens=1500,
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
 def calibrated(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> CalibratedPacks:
     from tests.support.calibration import Wanted, calibrate_at, smallest_ratio
     from vllm_attentionpack.calibrate.settings import DEFAULT_SINKS, DEFAULT_WINDOW

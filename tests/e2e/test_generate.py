@@ -53,6 +53,25 @@ def test_a_byte_for_every_dim_gives_the_dense_answers(engines, dense, calibrated
     assert agreement(dense.outputs, outputs).share >= 0.99
 
 
+@pytest.mark.parametrize("exact", [{}, {"sinks": 4, "window": 24}], ids=str)
+def test_joint_keys_and_values_give_the_dense_answers_at_8x(
+    engines, dense, joint_kv_pack, greedy, exact
+):
+    header = read_header(joint_kv_pack)
+    assert all(layout.joint_kv for layout in header.layouts())
+    assert header.compression_ratio >= 8
+    section = compacted(joint_kv_pack, exact_prefill=False, **exact)
+    engine = engines.get(MODEL, block_size=16, **section)
+    outputs = engine.generate(dense.prompts, greedy)
+
+    found = agreement(dense.outputs, outputs)
+    assert found.share >= 0.98
+    assert found.noise > 0.01  # zero would mean that pages were not compacted
+    warm = engine.generate(dense.prompts[::4], greedy, keep_cache=True)
+    assert sum(output.num_cached_tokens for output in warm) > 0
+    assert agreement(outputs[::4], warm).share >= 0.98
+
+
 @pytest.mark.parametrize("exact_prefill", [True, False])
 def test_eightfold_compaction_costs_at_most_three_points(
     engines, dense, calibrated, greedy, exact_prefill
