@@ -30,6 +30,8 @@ def main() -> int:
         default=[(0, 0), (4, 32), (4, 64)],
         help="sinks and window, as 4+64",
     )
+    parser.add_argument("--pre-rope", action="store_true", help="as calibrate's")
+    parser.add_argument("--joint-kv", action="store_true", help="as calibrate's")
     options = parser.parse_args()
     engine = {"dtype": "bfloat16", "max_model_len": options.max_model_len}
     model = str(options.model)

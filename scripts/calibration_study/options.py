@@ -22,8 +22,6 @@ def subject_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--max-context", type=int, default=512)
     parser.add_argument("--anchor-span", type=int, help="[default: calibrate's]")
-    parser.add_argument("--pre-rope", action="store_true", help="as calibrate's")
-    parser.add_argument("--joint-kv", action="store_true", help="as calibrate's")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser
 

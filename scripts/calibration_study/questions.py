@@ -92,11 +92,12 @@ class Study:
 
     def variant(self, form: Format, fitted: Fitted | None = None, ratio: float = 0) -> VariantCodec:
         fitted = fitted or self.base
-        bases, prices = fitted.assembler.bases, _prices(fitted)
-        return VariantCodec(self.setting.shape, bases, prices, ratio or self.ratio, form)
+        return VariantCodec(
+            self.setting.shape, fitted.bases, _prices(fitted), ratio or self.ratio, form
+        )
 
     def ideal(self, fitted: Fitted, ratio: float) -> IdealCodec:
-        return IdealCodec(self.setting.shape, fitted.assembler.bases, _prices(fitted), ratio)
+        return IdealCodec(self.setting.shape, fitted.bases, _prices(fitted), ratio)
 
     def add(self, question: str, name: str, codec: TokenCodec, **facts: Any) -> None:
         self.table.add(question, name, codec, **facts)
@@ -200,10 +201,10 @@ def key_price(study: Study) -> None:
 def _noise_sensitivity(study: Study) -> Mapping[tuple[int, Kind], float]:
     """Divergence for each unit of relative distortion of white noise."""
     assembler = study.base.assembler
-    distortion = assembler.distortion(study.base.at(study.ratio))
+    distortion = study.base.at(study.ratio).distortion
     result = {}
     for (layer, kind), value in distortion.items():
-        decode = [group[kind].decode[0].float() for group in assembler.bases[layer]]
+        decode = [group[kind].decode[0].float() for group in study.base.bases[layer]]
         energy = value * assembler.output_energies[layer]
         codec = codecs.NoiseCodec(study.setting.shape, layer, kind == "key", decode, energy)
         scores = study.setting.sensitivity_simulator.measure(codec)
@@ -302,7 +303,7 @@ def rotation(study: Study) -> None:
 def _key_gain(fitted: Fitted) -> float:
     """dB of a key's energy over its foretold distortion at two bits per element, mean of layers."""
     result = []
-    for of_layer in fitted.assembler.bases:
+    for of_layer in fitted.bases:
         spectrum = np.concatenate([group["key"].spectrum.numpy() for group in of_layer])
         spectrum = np.maximum(spectrum, spectrum.max() * 1e-9)
         left = np.minimum(spectrum, water_level(spectrum, 2 * len(spectrum))).sum()

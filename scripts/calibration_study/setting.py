@@ -20,6 +20,7 @@ from vllm_attentionpack.calibrate.moments import GroupMoments
 from vllm_attentionpack.calibrate.sensitivity import measure_sensitivity, predicted_kl
 from vllm_attentionpack.calibrate.settings import DEFAULT_ANCHOR_SPAN
 from vllm_attentionpack.codec.layout import Kind
+from vllm_attentionpack.codec.transform import PrincipalBasis
 from vllm_attentionpack.evaluate.data import Dataset, Item, read_dataset
 from vllm_attentionpack.evaluate.simulate.codec import (
     CacheShape,
@@ -58,6 +59,17 @@ class Fitted:
     assembler: Assembler
     sensitivity: Mapping[tuple[int, Kind], float] | None
     predicted: float | None = None
+
+    @property
+    def bases(self) -> list[list[dict[Kind, PrincipalBasis]]]:
+        """Per layer and head group, of keys and values that are not joint."""
+        return [
+            [
+                {"key": key.basis, "value": value.basis}
+                for key, value in zip(units[::2], units[1::2], strict=True)
+            ]
+            for units in self.assembler.units
+        ]
 
     def at(self, ratio: float) -> Assembled:
         assembled = self.assembler.at(ratio, sensitivity=self.sensitivity)

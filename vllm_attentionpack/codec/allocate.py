@@ -75,10 +75,6 @@ class UnitCurve:
         """The curve in units of which one is worth `price`."""
         return UnitCurve(self.distortion * price, self.choices)
 
-    def distortion_of(self, counts: PlaneCounts) -> float:
-        """The distortion of one of `choices`."""
-        return float(self.distortion[self.choices.index(counts)])
-
 
 def unit_curve(variance: np.ndarray) -> UnitCurve:
     """Tabulates the best use of every number of quanta.
