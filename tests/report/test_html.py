@@ -49,8 +49,8 @@ RESULT = {
 }
 
 
-@pytest.fixture
-def pack(tmp_path: Path) -> Path:
+@pytest.fixture(params=[False, True], ids=["apart", "joint"])
+def pack(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     fingerprint = Fingerprint(
         architecture="TestForCausalLM",
         num_layers=2,
@@ -60,7 +60,9 @@ def pack(tmp_path: Path) -> Path:
         rope="{}",
     )
     made = pack_of(
-        lambda i: random_codec(2, 2, 16, 2, padding=4), fingerprint, ["a.0.attn", "a.1.attn"]
+        lambda i: random_codec(2, 2, 16, 2, padding=4, joint_kv=request.param),
+        fingerprint,
+        ["a.0.attn", "a.1.attn"],
     )
     lost = Validation(kl=0.2, predicted_kl=0.1, top1_agreement=0.8, max_kl=0.05, tokens=10)
     header = made.header.model_copy(update={"validation": lost})
