@@ -24,7 +24,10 @@ def check_correct(run: Run) -> list[dict[str, Any]]:
     compile than to run, and what is compiled here the measurements find in Triton's cache.
     """
     if run.dry:
-        layers = [LayerShape(4, 2, 64, 2, 8), LayerShape(4, 2, 64, 1, 4, modalities=2, spread=24)]
+        layers = [
+            LayerShape(4, 2, 64, 2, 8),
+            LayerShape(4, 2, 64, 1, 4, modalities=2, spread=24, joint_kv=True),
+        ]
         dtypes = [torch.float16]
     else:
         layers = [
@@ -32,6 +35,8 @@ def check_correct(run: Run) -> list[dict[str, Any]]:
             LayerShape(32, 8, 128, 8, 4),
             LayerShape(32, 8, 128, 2, 4, spread=24),
             LayerShape(32, 8, 128, 1, 8, modalities=2),
+            LayerShape(32, 8, 128, 1, 8, modalities=2, joint_kv=True),
+            LayerShape(32, 8, 128, 2, 8, joint_kv=True),
             LayerShape(32, 32, 128, 8, 8, modalities=2),
             LayerShape(16, 4, 64, 4, 8),
             LayerShape(16, 4, 80, 4, 8),
