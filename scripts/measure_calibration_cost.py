@@ -11,12 +11,17 @@ import json
 import resource
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
 
 from vllm_attentionpack.calibrate.assemble import Assembler, LayerStatistics
-from vllm_attentionpack.calibrate.moments import MomentAccumulator, auto_group_size
+from vllm_attentionpack.calibrate.moments import (
+    MAX_AUTO_GROUP_DIMS,
+    MomentAccumulator,
+    auto_group_size,
+)
 from vllm_attentionpack.codec.positions import Rotary
 from vllm_attentionpack.report.machine import describe_machine
 
@@ -31,8 +36,10 @@ CALIBRATION_TOKENS = 100_000
 BASIS_LAYERS = 1
 
 
-def _measure(layers: int, heads: int, kv_heads: int, size: int, steps: int) -> dict[str, float]:
-    group_size = auto_group_size(kv_heads, size)
+def _measure(
+    layers: int, heads: int, kv_heads: int, size: int, steps: int, joint_kv: bool
+) -> dict[str, float]:
+    group_size = auto_group_size(kv_heads, size, MAX_AUTO_GROUP_DIMS // (1 + joint_kv))
     frequencies = 1e6 ** (-torch.arange(size // 2, dtype=torch.float64) / (size // 2))
     rotary = Rotary(frequencies)
     generator = torch.Generator().manual_seed(0)
@@ -41,7 +48,8 @@ def _measure(layers: int, heads: int, kv_heads: int, size: int, steps: int) -> d
     positions = torch.arange(STEP_TOKENS)
     visual = positions % 2 == 0
     before = _resident()
-    moments = [MomentAccumulator(heads, kv_heads, size, group_size, rotary) for _ in range(layers)]
+    shape = heads, kv_heads, size, group_size, rotary, joint_kv
+    moments = [MomentAccumulator(*shape) for _ in range(layers)]
     start = time.process_time()
     for _ in range(steps):
         for accumulator in moments:
@@ -82,9 +90,10 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = {}
-    for name, shape in SHAPES.items():
-        rows[name] = _measure(*shape, options.steps)
-        print(name, rows[name], flush=True)
+    for (name, shape), joint_kv in product(SHAPES.items(), (False, True)):
+        row = f"{name}, joint K/V" if joint_kv else name
+        rows[row] = _measure(*shape, options.steps, joint_kv)
+        print(row, rows[row], flush=True)
     result = {
         "machine": describe_machine(),
         "tokens": CALIBRATION_TOKENS,
