@@ -6,7 +6,7 @@ from torch import Tensor
 from vllm_attentionpack.codec.codec import Basis, LayerCodec
 from vllm_attentionpack.codec.layout import KINDS, GroupLayout, Kind, LayerLayout, PlaneCounts
 from vllm_attentionpack.codec.transform import principal_basis
-from vllm_attentionpack.ops import reference
+from vllm_attentionpack.ops.pages import Pages, planes_by_owner
 
 
 def gaussian(tokens: int, dims: int, decay: float, generator: torch.Generator) -> Tensor:
@@ -82,9 +82,9 @@ def latent_errors(
     `kinds` share them: keys, values, or both where they are joint.
     """
     kind = kinds[0]
-    planes = reference._planes_by_owner(codec.layout, block_size)[0, kind]
+    planes = planes_by_owner(codec.layout, block_size)[0, kind]
     plane_codec = getattr(codec.groups[0], kind)
-    pages = reference._Pages(cache, torch.arange(len(cache))[None], block_size)
+    pages = Pages(cache, torch.arange(len(cache))[None], block_size)
     read, _ = pages.read(torch.arange(len(cache))[None], (plane_codec, planes))
     kept = slots >= 0
     which = torch.zeros(int(kept.sum()), dtype=torch.long)

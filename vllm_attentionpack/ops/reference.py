@@ -5,19 +5,18 @@ q · mean`, and with softmax weights `p` the output is `decodeᵀ Σ p s (code -
 once per modality, chosen per token by the sign bit of its key scale.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from vllm_attentionpack.codec.codec import LayerCodec, PlaneCodec
-from vllm_attentionpack.codec.layout import KINDS, Kind, LayerLayout, Plane
-from vllm_attentionpack.codec.quantize import decode_scale, encode_scale, pack_codes, unpack_codes
+from vllm_attentionpack.codec.layout import KINDS, Kind
+from vllm_attentionpack.codec.quantize import encode_scale, pack_codes
 from vllm_attentionpack.ops.batch import QueryBatch, Segment
 from vllm_attentionpack.ops.exact import exact_attention as exact_attention
 from vllm_attentionpack.ops.fresh import merge_attention as merge_attention
+from vllm_attentionpack.ops.pages import CodecPlanes, Pages, plane_view, planes_by_owner
 from vllm_attentionpack.ops.turns import SpanRows, Turns
 
 #: Bytes of float32 latents that one tile of context may unpack to.
@@ -121,7 +120,7 @@ def store_kv(
     block, offset = slots // block_size, slots % block_size
     chosen = None if visual is None else visual[stored]
     inputs: dict[Kind, Tensor] = {"key": key[stored], "value": value[stored]}
-    planes = _planes_by_owner(codec.layout, block_size)
+    planes = planes_by_owner(codec.layout, block_size)
     for g, (group, heads) in enumerate(codec.group_heads()):
         of_group = {kind: x[:, heads].flatten(1) for kind, x in inputs.items()}
         for kind, (codes, scale) in group.encode(of_group, chosen).items():
@@ -132,7 +131,7 @@ def store_kv(
                     start += plane.dims
                 else:
                     packed = encode_scale(scale, chosen)[:, None]
-                _plane_view(kv_cache, plane, block_size)[block, offset] = packed
+                plane_view(kv_cache, plane, block_size)[block, offset] = packed
 
 
 def decompress(
@@ -157,9 +156,9 @@ def decompress(
     Returns:
         Keys and values, `[tokens, Hk, D]` each.
     """
-    planes = _planes_by_owner(codec.layout, block_size)
+    planes = planes_by_owner(codec.layout, block_size)
     ids = blocks[None, : -(-tokens // block_size)].long()
-    pages = _Pages(kv_cache, ids, block_size)
+    pages = Pages(kv_cache, ids, block_size)
     shape = (2, tokens, codec.layout.num_kv_heads, codec.layout.head_size)
     out = torch.empty(shape, dtype=dtype, device=kv_cache.device)
     for g, (group, heads) in enumerate(codec.group_heads()):
@@ -239,7 +238,7 @@ def paged_attention(
     if rows is not None:
         first = first.clamp(min=rows.start_token)
     latents, weights, lses = [], [], []
-    planes = _planes_by_owner(codec.layout, block_size)
+    planes = planes_by_owner(codec.layout, block_size)
     for g, (group, of_group) in enumerate(codec.group_heads()):
         heads = query.latent[g].shape[1]
         plain = None if query.plain is None else query.plain[:, of_group]
@@ -250,7 +249,7 @@ def paged_attention(
         for segment in batch.segments:
             result = _attend_segment(
                 _Stretches(query.latent[g], query.mean_logit[g], segment, query.turns, plain),
-                _Pages(kv_cache, block_table[segment.requests].long(), block_size),
+                Pages(kv_cache, block_table[segment.requests].long(), block_size),
                 first[segment.requests],
                 stops[segment.requests].long(),
                 segment,
@@ -278,41 +277,6 @@ def up_project(attended: AttendedLatent, codec: LayerCodec) -> Tensor:
         out += torch.einsum("tgpm,mgd->tgpd", weight, mean)
         outputs.append(out.flatten(1, 2))
     return torch.cat(outputs, dim=1)
-
-
-_CodecPlanes = tuple[PlaneCodec, list[Plane]]
-
-
-@dataclass(frozen=True)
-class _Pages:
-    """The pages of one segment: `block_table` is int64 `[b, max_blocks]`."""
-
-    kv_cache: Tensor
-    block_table: Tensor
-    block_size: int
-
-    def tiles(self, max_tokens: int, tile_tokens: int) -> Iterator[tuple[int, Tensor]]:
-        """Yields (first token, block ids `[b, n]`) until `max_tokens` are covered."""
-        blocks = min(-(-max_tokens // self.block_size), self.block_table.shape[1])
-        step = max(1, tile_tokens // self.block_size)
-        for start in range(0, blocks, step):
-            ids = self.block_table[:, start : min(start + step, blocks)].clamp(
-                0, self.kv_cache.shape[0] - 1
-            )
-            yield start * self.block_size, ids
-
-    def read(self, ids: Tensor, codec_planes: _CodecPlanes) -> tuple[Tensor, Tensor]:
-        """Latents float32 `[b, n * S, R]` and modality bool `[b, n * S]` of some blocks."""
-        codec, planes = codec_planes
-        codes = []
-        for plane in planes:
-            data = _plane_view(self.kv_cache, plane, self.block_size)[ids].flatten(1, 2)
-            if plane.bits:
-                codes.append(unpack_codes(data, plane.bits))
-            else:
-                scale, visual = decode_scale(data[..., 0])
-        latent = (torch.cat(codes, -1) - codec.zero_point) * scale[..., None]
-        return latent, visual
 
 
 @dataclass(frozen=True)
@@ -374,12 +338,12 @@ class _Stretches:
 
 def _attend_segment(
     query: _Stretches,
-    pages: _Pages,
+    pages: Pages,
     starts: Tensor,
     stops: Tensor,
     segment: Segment,
-    key: _CodecPlanes,
-    value: _CodecPlanes,
+    key: CodecPlanes,
+    value: CodecPlanes,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Online softmax over tiles of context.
@@ -432,17 +396,3 @@ def _attend_segment(
         top = new_top
     norm = torch.where(total > 0, total, 1.0)
     return latent / norm[..., None, None], weight / norm[..., None], top + total.log()
-
-
-@cache  # every layer asks at every step; layouts are few and frozen
-def _planes_by_owner(layout: LayerLayout, block_size: int) -> dict[tuple[int, Kind], list[Plane]]:
-    owners: dict[tuple[int, Kind], list[Plane]] = {}
-    for plane in layout.planes(block_size):
-        owners.setdefault((plane.group, plane.kind), []).append(plane)
-    return owners
-
-
-def _plane_view(kv_cache: Tensor, plane: Plane, block_size: int) -> Tensor:
-    """uint8 view `[num_blocks, S, bytes per token]` of one plane of every block."""
-    stop = plane.offset + block_size * plane.bytes_per_token
-    return kv_cache[:, plane.offset : stop].unflatten(1, (block_size, plane.bytes_per_token))
