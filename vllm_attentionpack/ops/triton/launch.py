@@ -117,6 +117,8 @@ def encode_shape(prepared: Prepared, tokens: int) -> EncodeShape:
             shape = replace(shape, dims=shape.dims // 2)
         return shape
     if prepared.chip.fit.encodes_64:
+        # So have joint keys and values, of whose loops there are two.
+        dims = dims // 2 if prepared.codec.layout.joint_kv else dims
         return EncodeShape(64, dims, 4 if columns <= 128 else 8)
     return EncodeShape(32 if columns <= 128 else 16, dims, warps)
 
