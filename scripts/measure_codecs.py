@@ -18,7 +18,7 @@ from calibration_study.options import simulation_parser, started
 from calibration_study.setting import drawn_items, store
 
 from vllm_attentionpack.calibrate.moments import MAX_AUTO_GROUP_DIMS, auto_group_size
-from vllm_attentionpack.calibrate.settings import PRE_ROPE_ANCHOR_SPAN
+from vllm_attentionpack.calibrate.settings import PRE_ROPE_ANCHOR_SPAN, PRE_ROPE_TURN
 from vllm_attentionpack.codec.positions import PRE_ROPE_GROUP_DIMS
 from vllm_attentionpack.evaluate.baselines.catalogue import baselines
 from vllm_attentionpack.evaluate.simulate.capture import capture
@@ -36,6 +36,7 @@ def main() -> int:
     parser.add_argument("--exact-ratios", type=float, nargs="+", default=[4, 6, 8, 10, 12, 16])
     parser.add_argument("--short-spans", type=int, nargs="*", default=[64, 16, 1])
     parser.add_argument("--pre-rope-spans", type=int, nargs="*", default=[PRE_ROPE_ANCHOR_SPAN])
+    parser.add_argument("--joint-kv-turns", type=float, nargs="*", default=[PRE_ROPE_TURN, 0.5])
     parser.add_argument("--no-joint-kv", action="store_true", help="leave these rows out")
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--recent", type=int, default=64)
@@ -74,30 +75,35 @@ def main() -> int:
                     codecs = beside.at(ratio).codecs(table.device)
                     windowed = PackCodec(setting.shape, codecs, kept)
                     table.add(f"ours, {exact}", f"ours {ratio:g}x codes, {exact}", windowed)
-        default_span = setting.anchor_span
-        forms = [(span, False, False) for span in options.short_spans]
-        forms += [(span, True, False) for span in options.pre_rope_spans]
+        forms: list[tuple[int, float | None, bool]] = [
+            (span, None, False) for span in options.short_spans
+        ]
+        forms += [(span, PRE_ROPE_TURN, False) for span in options.pre_rope_spans]
         if not options.no_joint_kv:
-            forms += [(default_span, False, True)]
-            forms += [(span, True, True) for span in options.pre_rope_spans]
-        for span, pre_rope, joint_kv in forms:
+            forms += [(setting.anchor_span, None, True), (1, None, True)]
+            forms += product(options.pre_rope_spans, options.joint_kv_turns, [True])
+        for span, turn, joint_kv in forms:
             # as `calibrate` groups heads
-            most = PRE_ROPE_GROUP_DIMS if pre_rope else MAX_AUTO_GROUP_DIMS
+            most = MAX_AUTO_GROUP_DIMS if turn is None else PRE_ROPE_GROUP_DIMS
             most //= 2 if joint_kv else 1
             heads, dims = setting.shape.num_kv_heads, setting.shape.head_size
             assembler = setting.assembler(
                 auto_group_size(heads, dims, most),
                 options.max_context,
                 anchor_span=span,
-                pre_rope=pre_rope,
+                pre_rope_turn=turn,
                 joint_kv=joint_kv,
             )
+            keys = [f"anchors every {span}" if span > 1 else "un-rotated keys"]
+            if turn is not None:
+                keys[0] += " and pre-RoPE" + (
+                    f" from {turn:g} rad" if turn != PRE_ROPE_TURN else ""
+                )
+            elif span == setting.anchor_span:
+                keys = []
             for ratio, beside in product((4.0, 8.0, 16.0), (ExactTokens(), kept)):
-                keys = f"anchors every {span}" if span > 1 else "un-rotated keys"
-                keys += " and pre-RoPE" if pre_rope else ""
                 what = [exact] if beside else []
-                what += [keys] if span != default_span else []
-                what += ["joint K/V"] if joint_kv else []
+                what += [*keys, "joint K/V"] if joint_kv else keys
                 assembled = setting.priced(assembler, exact=beside, ratio=ratio).at(ratio)
                 codec = PackCodec(setting.shape, assembled.codecs(table.device), beside)
                 named = ", ".join(what)

@@ -14,6 +14,7 @@ from pathlib import Path
 from calibration_study.options import subject_parser
 
 from vllm_attentionpack.calibrate.run import calibrate
+from vllm_attentionpack.calibrate.settings import PRE_ROPE_TURN
 from vllm_attentionpack.evaluate.answers import run_engine
 from vllm_attentionpack.evaluate.data import read_dataset
 from vllm_attentionpack.evaluate.run import TOP_LOGPROBS, evaluate
@@ -31,6 +32,7 @@ def main() -> int:
         help="sinks and window, as 4+64",
     )
     parser.add_argument("--pre-rope", action="store_true", help="as calibrate's")
+    parser.add_argument("--pre-rope-turn", type=float, default=PRE_ROPE_TURN, help="as calibrate's")
     parser.add_argument("--joint-kv", action="store_true", help="as calibrate's")
     options = parser.parse_args()
     engine = {"dtype": "bfloat16", "max_model_len": options.max_model_len}
@@ -46,6 +48,7 @@ def main() -> int:
                 "max_context": options.max_context,
                 "anchor_span": options.anchor_span,
                 "pre_rope": options.pre_rope,
+                "pre_rope_turn": options.pre_rope_turn,
                 "joint_kv": options.joint_kv,
                 "max_tokens": options.calibration_tokens,
                 "sensitivity_tokens": options.sensitivity_tokens,

@@ -16,6 +16,7 @@ from vllm_attentionpack.calibrate.settings import (
     DEFAULT_SINKS,
     DEFAULT_WINDOW,
     PRE_ROPE_ANCHOR_SPAN,
+    PRE_ROPE_TURN,
 )
 from vllm_attentionpack.errors import AttentionPackError, ConfigError
 
@@ -105,6 +106,13 @@ def calibrate(
             help="Code what RoPE turns far within a span as it was before: less loss, more work.",
         ),
     ] = None,
+    pre_rope_turn: Annotated[
+        float | None,
+        typer.Option(
+            show_default=f"{PRE_ROPE_TURN:g}",
+            help="Radians within a span from which on --pre-rope takes a plane.",
+        ),
+    ] = None,
     joint_kv: Annotated[
         bool | None,
         typer.Option(
@@ -167,6 +175,7 @@ def calibrate(
         max_context=max_context,
         anchor_span=anchor_span,
         pre_rope=pre_rope,
+        pre_rope_turn=pre_rope_turn,
         joint_kv=joint_kv,
         seed=seed,
         modalities=_number(modalities),

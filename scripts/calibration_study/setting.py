@@ -210,7 +210,7 @@ class Setting:
         items: Sequence[Item] | None = None,
         max_tokens: int | None = None,
         anchor_span: int | None = None,
-        pre_rope: bool = False,
+        pre_rope_turn: float | None = None,
         joint_kv: bool = False,
     ) -> list[LayerStatistics]:
         """What `attentionpack calibrate` would gather; `anchor_span` in place of the setting's."""
@@ -238,7 +238,7 @@ class Setting:
         result = []
         for recorder in collector.recorders:
             assert recorder.moments is not None
-            anchors = recorder.moments.anchors(span, max_context, pre_rope)
+            anchors = recorder.moments.anchors(span, max_context, pre_rope_turn)
             moments = recorder.moments.finalize(max_context, modalities, anchors)
             gram = output_gram(recorder.site, torch.float32)
             layer = recorder.layer
@@ -270,7 +270,7 @@ class Setting:
         max_context: int,
         modalities: int | None = None,
         anchor_span: int | None = None,
-        pre_rope: bool = False,
+        pre_rope_turn: float | None = None,
         joint_kv: bool = False,
     ) -> Assembler:
         modalities = modalities or self.modalities
@@ -279,7 +279,7 @@ class Setting:
             max_context,
             modalities,
             anchor_span=anchor_span,
-            pre_rope=pre_rope,
+            pre_rope_turn=pre_rope_turn,
             joint_kv=joint_kv,
         )
         return Assembler(statistics, group_size, REGULARIZATION)

@@ -161,16 +161,17 @@ def test_joint_moments_hold_what_keys_and_values_have_in_common(planes: int) -> 
 def test_which_planes_are_coded_pre_rope() -> None:
     """Those that turn by more than a few radians within a span; none of a layer without RoPE."""
     rotary = Rotary(2.0 ** -torch.arange(10, dtype=torch.float64))
-    assert pre_rope_planes(rotary, 64) == 3  # 64, 32, 16 radians; then 8
-    assert pre_rope_planes(rotary, 4) == 0
+    assert pre_rope_planes(rotary, 64, 8) == 3  # 64, 32, 16 radians; then 8
+    assert pre_rope_planes(rotary, 4, 8) == 0
+    assert pre_rope_planes(rotary, 64, 4) == 4
     moments = MomentAccumulator(1, 1, 20, 1, rotary)
-    assert moments.anchors(64, 1000, pre_rope=True) == Anchors(rotary, 64, 3)
+    assert moments.anchors(64, 1000, pre_rope_turn=8) == Anchors(rotary, 64, 3)
     assert moments.anchors(64, 1000) == Anchors(rotary, 64)
     # One span holds all: its anchor is position 0, but those planes turn far within it.
-    assert moments.anchors(64, 16, pre_rope=True) == Anchors(rotary, 64, 1)
+    assert moments.anchors(64, 16, pre_rope_turn=8) == Anchors(rotary, 64, 1)
     assert moments.anchors(64, 16) is None
-    assert moments.anchors(0, 1000, pre_rope=True) is None
-    assert MomentAccumulator(1, 1, 20, 1, None).anchors(64, 1000, pre_rope=True) is None
+    assert moments.anchors(0, 1000, pre_rope_turn=8) is None
+    assert MomentAccumulator(1, 1, 20, 1, None).anchors(64, 1000, pre_rope_turn=8) is None
 
 
 def test_visual_tokens_alone_are_one_modality() -> None:

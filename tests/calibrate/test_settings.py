@@ -100,6 +100,13 @@ def test_engine_section_must_be_a_mapping(tmp_path: Path) -> None:
     assert "'engine'" in result.stderr and "'fast'" in result.stderr
 
 
+def test_a_bound_for_planes_that_are_not_coded_pre_rope_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"pre_rope_turn is 0\.5, and no plane .*--pre-rope"):
+        make_settings({"model": "m", "data": "d", "pre_rope_turn": 0.5}, "a test")
+    values = {"model": "m", "data": "d", "pre_rope": True, "pre_rope_turn": 0.5}
+    assert make_settings(values, "a test").pre_rope_turn == 0.5
+
+
 def test_pre_rope_planes_want_anchors() -> None:
     with pytest.raises(ConfigError, match="anchor_span is 0: give a span") as refused:
         make_settings({"model": "m", "data": "d", "pre_rope": True, "anchor_span": 0}, "a test")

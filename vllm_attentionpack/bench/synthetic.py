@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_attentionpack.calibrate.settings import PRE_ROPE_TURN
 from vllm_attentionpack.codec.allocate import allocate, unit_curve
 from vllm_attentionpack.codec.codec import Basis, LayerCodec
 from vllm_attentionpack.codec.layout import (
@@ -120,7 +121,7 @@ def synthetic_pack(
     if anchor_span:
         planes = torch.arange(fingerprint.head_size // 2, dtype=torch.float64)
         rotary = Rotary(10000.0 ** -(planes / len(planes)))
-        own = pre_rope_planes(rotary, anchor_span) if pre_rope else 0
+        own = pre_rope_planes(rotary, anchor_span, PRE_ROPE_TURN) if pre_rope else 0
         codec.anchors = Anchors(rotary, anchor_span, own)
     codecs = [codec] * len(layer_names)
     return uncalibrated_pack(codecs, fingerprint, layer_names, ratio, max_context)

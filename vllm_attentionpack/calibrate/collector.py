@@ -188,7 +188,7 @@ class Collector:
         num_modalities: int,
         dtype: torch.dtype,
         anchor_span: int = 0,
-        pre_rope: bool = False,
+        pre_rope_turn: float | None = None,
     ) -> Iterator[LayerStatistics]:
         """The statistics of one layer after the other; a recorder gives up its sums, for room.
 
@@ -197,7 +197,7 @@ class Collector:
             num_modalities: likewise.
             dtype: of the model.
             anchor_span: see `MomentAccumulator.anchors`.
-            pre_rope: likewise.
+            pre_rope_turn: likewise.
 
         Raises:
             UnsupportedModelError: a layer that never attended.
@@ -208,7 +208,7 @@ class Collector:
                 raise UnsupportedModelError(
                     f"layer '{recorder.layer.layer_name}' never attended during calibration."
                 )
-            anchors = recorder.moments.anchors(anchor_span, num_positions, pre_rope)
+            anchors = recorder.moments.anchors(anchor_span, num_positions, pre_rope_turn)
             moments = recorder.moments.finalize(num_positions, num_modalities, anchors)
             recorder.moments = None
             _check_finite(recorder.layer.layer_name, moments)

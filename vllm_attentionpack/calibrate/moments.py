@@ -202,15 +202,22 @@ class MomentAccumulator:
         second += cross + cross.mT + count * shift[:, :, None] * shift[:, None, :]
         return second, first + count * shift
 
-    def anchors(self, span: int, num_positions: int, pre_rope: bool = False) -> Anchors | None:
+    def anchors(
+        self, span: int, num_positions: int, pre_rope_turn: float | None = None
+    ) -> Anchors | None:
         """What keys are coded relative to, at anchors `span` tokens apart.
+
+        Planes that turn by more than `pre_rope_turn` within a span are coded pre-RoPE; None for
+        none.
 
         None, for keys as they come, if `span` is 0, if one span holds all `num_positions` (its only
         anchor is position 0) and no plane is coded pre-RoPE, and where the layer does not turn.
         """
         if self.rotary is None or span == 0:
             return None
-        planes = pre_rope_planes(self.rotary, min(span, num_positions)) if pre_rope else 0
+        planes = 0
+        if pre_rope_turn is not None:
+            planes = pre_rope_planes(self.rotary, min(span, num_positions), pre_rope_turn)
         if span >= num_positions and not planes:
             return None
         return Anchors(self.rotary, span, planes)

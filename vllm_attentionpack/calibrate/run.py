@@ -168,7 +168,7 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
             modalities,
             llm.model_config.dtype,
             settings.span,
-            settings.pre_rope,
+            settings.pre_rope_turn if settings.pre_rope else None,
         ),
         collector.heads_per_group,
         settings.regularization,

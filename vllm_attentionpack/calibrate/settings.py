@@ -23,6 +23,9 @@ DEFAULT_WINDOW = 64
 #: Likewise: spans of a quarter halve the loss of long averages once more, for a third more time of
 #: attention on CPUs. With planes coded pre-RoPE, of which longer spans have more.
 DEFAULT_ANCHOR_SPAN, PRE_ROPE_ANCHOR_SPAN = 1024, 64
+#: Radians. Likewise: of keys that are coded apart from values, a smaller bound takes more planes and
+#: hardly gains.
+PRE_ROPE_TURN = 8.0
 
 
 class CalibrateSettings(BaseModel):
@@ -52,6 +55,8 @@ class CalibrateSettings(BaseModel):
         pre_rope: code those planes of keys that RoPE turns far within a span as they were before
             it (`codec.positions.Anchors`). Loses several times less at the same bytes; reading
             rebuilds them, which costs arithmetic.
+        pre_rope_turn: radians that a plane turns within a span, beyond which `pre_rope` takes it.
+            Fewer radians take more planes, lose less and cost more arithmetic.
         joint_kv: code the keys and values of a head group by one latent for both, as in multi-head
             latent attention. Loses less at the same bytes, since both come of the same hidden
             states; what is read is multiplied with queries and with weights both, which costs
@@ -87,6 +92,7 @@ class CalibrateSettings(BaseModel):
     max_context: PositiveInt | None = None
     anchor_span: int | None = Field(default=None, ge=0)
     pre_rope: bool = False
+    pre_rope_turn: PositiveFloat = PRE_ROPE_TURN
     joint_kv: bool = False
     seed: int = Field(default=0, ge=0, lt=2**32)
     modalities: Literal["auto", 1, 2] = "auto"
@@ -104,6 +110,15 @@ class CalibrateSettings(BaseModel):
             raise ValueError(
                 "pre_rope codes the other planes relative to anchors, and anchor_span is 0: give "
                 f"a span, such as {PRE_ROPE_ANCHOR_SPAN}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _turns_are_used(self) -> "CalibrateSettings":
+        if self.pre_rope_turn != PRE_ROPE_TURN and not self.pre_rope:
+            raise ValueError(
+                f"pre_rope_turn is {self.pre_rope_turn:g}, and no plane is coded pre-RoPE: set "
+                "pre_rope (--pre-rope) as well"
             )
         return self
 

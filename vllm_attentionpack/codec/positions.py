@@ -22,8 +22,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-#: Radians. Measured (docs/log.md): a smaller bound takes more planes and hardly gains.
-FAST_TURN = 8.0
 #: Joint dims of a head group, at most, where planes are coded pre-RoPE and GPUs are to serve: what
 #: is rebuilt of wider ones does not fit (docs/gpu.md).
 PRE_ROPE_GROUP_DIMS = 256
@@ -189,9 +187,9 @@ class Anchors:
         return self.rotary.tables_at(by)
 
 
-def pre_rope_planes(rotary: Rotary, span: int) -> int:
-    """How many planes turn by more than `FAST_TURN` within a span; those before them, too."""
-    fast = (rotary.frequencies * span > FAST_TURN).nonzero()
+def pre_rope_planes(rotary: Rotary, span: int, turn: float) -> int:
+    """How many planes turn by more than `turn` radians within a span; those before them, too."""
+    fast = (rotary.frequencies * span > turn).nonzero()
     return int(fast.max()) + 1 if len(fast) else 0
 
 
