@@ -23,8 +23,8 @@ DEFAULT_WINDOW = 64
 #: Likewise: spans of a quarter halve the loss of long averages once more, for a third more time of
 #: attention on CPUs. With planes coded pre-RoPE, of which longer spans have more.
 DEFAULT_ANCHOR_SPAN, PRE_ROPE_ANCHOR_SPAN = 1024, 64
-#: Radians. Likewise: of keys that are coded apart from values, a smaller bound takes more planes and
-#: hardly gains.
+#: Radians. Likewise: of keys that are coded apart from values, a smaller bound takes more planes
+#: and hardly gains.
 PRE_ROPE_TURN = 8.0
 
 
