@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from vllm_attentionpack.calibrate.assemble import Assembler, LayerStatistics
+from vllm_attentionpack.calibrate.assemble import Assembler
+from vllm_attentionpack.calibrate.metrics import LayerStatistics
 from vllm_attentionpack.calibrate.moments import (
     MAX_AUTO_GROUP_DIMS,
     MomentAccumulator,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vllm_attentionpack.calibrate.assemble import LayerStatistics
+from vllm_attentionpack.calibrate.metrics import LayerStatistics
 from vllm_attentionpack.calibrate.moments import GroupMoments, LayerMoments
 from vllm_attentionpack.codec.positions import Rotary
 from vllm_attentionpack.evaluate.simulate.codec import CacheShape, TokenCodec, Tokens

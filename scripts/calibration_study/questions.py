@@ -12,8 +12,9 @@ from calibration_study import codecs
 from calibration_study.refine import refined
 from calibration_study.setting import REGULARIZATION, Fitted, Setting, Table
 from calibration_study.variants import Format, IdealCodec, VariantCodec, water_level
-from vllm_attentionpack.calibrate.assemble import KEY_PRICE, Assembler, LayerStatistics
+from vllm_attentionpack.calibrate.assemble import Assembler
 from vllm_attentionpack.calibrate.collector import Collector
+from vllm_attentionpack.calibrate.metrics import KEY_PRICE, LayerStatistics
 from vllm_attentionpack.calibrate.moments import MomentAccumulator
 from vllm_attentionpack.calibrate.rotary import rotary_of
 from vllm_attentionpack.calibrate.settings import (

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from vllm_attentionpack.calibrate.assemble import Assembled, Assembler, LayerStatistics
+from vllm_attentionpack.calibrate.assemble import Assembled, Assembler
 from vllm_attentionpack.calibrate.collector import Collector
 from vllm_attentionpack.calibrate.engine import feed, statistics_engine
 from vllm_attentionpack.calibrate.layers import output_gram
+from vllm_attentionpack.calibrate.metrics import LayerStatistics
 from vllm_attentionpack.calibrate.moments import GroupMoments
 from vllm_attentionpack.calibrate.sensitivity import measure_sensitivity, predicted_kl
 from vllm_attentionpack.calibrate.settings import DEFAULT_ANCHOR_SPAN

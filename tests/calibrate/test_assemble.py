@@ -5,12 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vllm_attentionpack.calibrate.assemble import (
+from vllm_attentionpack.calibrate.assemble import Assembler, Budget, assemble
+from vllm_attentionpack.calibrate.metrics import (
     KEY_PRICE,
-    Assembler,
-    Budget,
     LayerStatistics,
-    assemble,
     key_metric,
     output_energy,
     value_metric,

@@ -1,29 +1,12 @@
-"""From the moments of all layers to ranks, bits and bases. Plain PyTorch: needs no engine.
+"""From the moments of all layers to ranks, bits and bases. Plain PyTorch: needs no engine."""
 
-An error `e` in the logits of query head `j` moves the layer's output by about `e² tr(Mⱼ Cov_v)`
-(`Mⱼ` the Gram matrix of the head's slice of the output projection, `Cov_v` the covariance of the
-values that it mixes), and an error in a value by `eᵀ Mⱼ e`, both times the same square of the
-softmax weight. Hence the metrics, in one unit, summed over the query heads that read KV head `h`::
-
-    keys    KEY_PRICE sum_j scale² Cqⱼ tr(Mⱼ Cov_v,h)
-    values  sum_j Mⱼ
-
-`KEY_PRICE` is below one because attention is not diffuse: where one token gets most of the weight,
-the output is close to its value, and an error in its logit moves little.
-
-Layers are compared by distortion over the energy of their own output,
-`sum_j tr(Mⱼ E[v vᵀ])`: a layer that writes little into the residual stream is not starved for it,
-nor one that writes much fed for it.
-"""
-
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from vllm_attentionpack.calibrate.moments import LayerMoments
+from vllm_attentionpack.calibrate.metrics import LayerStatistics, layer_bases, output_energy
 from vllm_attentionpack.codec.allocate import MAX_PAGE_SIZE_CLASSES, UnitCurve, allocate, unit_curve
 from vllm_attentionpack.codec.codec import Basis, LayerCodec
 from vllm_attentionpack.codec.layout import (
@@ -37,7 +20,7 @@ from vllm_attentionpack.codec.layout import (
     units_of,
 )
 from vllm_attentionpack.codec.positions import Anchors
-from vllm_attentionpack.codec.transform import PrincipalBasis, principal_basis
+from vllm_attentionpack.codec.transform import PrincipalBasis
 from vllm_attentionpack.errors import BudgetError, ConfigError
 from vllm_attentionpack.packfile.schema import (
     GroupHeader,
@@ -46,39 +29,11 @@ from vllm_attentionpack.packfile.schema import (
     RotaryHeader,
 )
 
-#: Measured on the reference VLM (docs/log.md): flat between 0.1 and 0.3.
-KEY_PRICE = 0.15
-
-
 #: Of joint kinds, errors of either are worth at least this fraction of what the other's are.
 _LEAST_PRICE = 1e-6
 
 #: The keys or the values of a layer.
 Part = tuple[int, Kind]
-
-
-@dataclass(frozen=True)
-class LayerStatistics:
-    """What calibration knows of one layer.
-
-    Attributes:
-        name: vLLM's name of the attention layer.
-        scale: what logits are multiplied by.
-        moments: see `LayerMoments`.
-        gram: float64 `[Hq, D, D]`, `Mⱼ = Wⱼ Wⱼᵀ` of the rows `Wⱼ` `[D, hidden]` of the output
-            projection that query head `j` feeds.
-        anchors: what keys are turned back by before they are coded; None for as they come.
-    """
-
-    name: str
-    scale: float
-    moments: LayerMoments
-    gram: Tensor
-    anchors: Anchors | None = None
-
-    @property
-    def head_size(self) -> int:
-        return self.gram.shape[-1]
 
 
 @dataclass(frozen=True)
@@ -325,73 +280,6 @@ def assemble(
     assembler = Assembler(layers, heads_per_group, regularization)
     assembled = assembler.at(ratio, layer_weights, max_page_sizes=max_page_sizes)
     return assembled.headers, assembled.packs
-
-
-def layer_bases(
-    layer: LayerStatistics, heads_per_group: int, regularization: float
-) -> list[dict[tuple[Kind, ...], PrincipalBasis]]:
-    """Of every head group of one layer the basis of what is coded together."""
-    metrics = {"key": key_metric(layer), "value": value_metric(layer)}
-    moments = layer.moments
-    result = []
-    for g in range(moments.key.mean.shape[1]):
-        heads = slice(g * heads_per_group, (g + 1) * heads_per_group)
-        group: dict[tuple[Kind, ...], PrincipalBasis] = {}
-        for kinds in units_of(moments.joint_kv is not None):
-            coded = moments.joint_kv or getattr(moments, kinds[0])
-            group[kinds] = principal_basis(
-                coded.second[:, g],
-                coded.mean[:, g],
-                moments.count,
-                [metrics[kind][heads] for kind in kinds],
-                regularization,
-            )
-        result.append(group)
-    return result
-
-
-def value_metric(layer: LayerStatistics) -> Tensor:
-    """float64 `[Hk, D, D]`: what an error in a value costs in the layer's output."""
-    return _by_kv_head(layer.gram, layer).sum(1)
-
-
-def key_metric(layer: LayerStatistics) -> Tensor:
-    """float64 `[Hk, D, D]`: what an error in a key costs in the layer's output."""
-    second, mean = _value_moments(layer)
-    covariance = second - mean[:, :, None] * mean[:, None, :]
-    gram = _by_kv_head(layer.gram, layer)
-    energy = torch.einsum("hjab,hab->hj", gram, covariance).clamp_min(0)
-    price = KEY_PRICE * layer.scale**2 * energy
-    return torch.einsum("hj,hjab->hab", price, _by_kv_head(layer.moments.query, layer))
-
-
-def output_energy(layer: LayerStatistics) -> float:
-    """Mean squared length of what values add to the layer's output, at softmax weight one.
-
-    Infinite for a layer that adds nothing: no error in it is worth a byte.
-    """
-    second, _ = _value_moments(layer)
-    energy = float(torch.einsum("hjab,hab->", _by_kv_head(layer.gram, layer), second))
-    return energy if energy > torch.finfo(torch.float32).tiny else math.inf
-
-
-def _value_moments(layer: LayerStatistics) -> tuple[Tensor, Tensor]:
-    """Second moment `[Hk, D, D]` and mean `[Hk, D]` of each head's values over all modalities."""
-    share = layer.moments.count.double() / layer.moments.count.sum()
-    second = torch.einsum("m,mnab->nab", share, layer.moments.value.second)
-    mean = torch.einsum("m,mna->na", share, layer.moments.value.mean)
-    size = layer.head_size
-    heads_per_group = second.shape[-1] // size
-    blocks = second.unflatten(1, (heads_per_group, size)).unflatten(3, (heads_per_group, size))
-    diagonal = blocks.diagonal(dim1=1, dim2=3)  # [n, D, D, G]
-    return diagonal.permute(0, 3, 1, 2).flatten(0, 1), mean.reshape(-1, size)
-
-
-def _by_kv_head(per_query_head: Tensor, layer: LayerStatistics) -> Tensor:
-    """`[Hq, D, D]` as `[Hk, Hq / Hk, D, D]`: consecutive query heads share a KV head."""
-    mean = layer.moments.value.mean
-    num_kv_heads = mean.shape[1] * mean.shape[2] // layer.head_size
-    return per_query_head.unflatten(0, (num_kv_heads, -1))
 
 
 def _layer(

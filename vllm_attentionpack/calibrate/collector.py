@@ -14,9 +14,9 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 
 from vllm_attentionpack import compat
-from vllm_attentionpack.calibrate.assemble import LayerStatistics
 from vllm_attentionpack.calibrate.backend import RECORDER
 from vllm_attentionpack.calibrate.layers import AttentionSite, attention_sites, output_gram
+from vllm_attentionpack.calibrate.metrics import LayerStatistics
 from vllm_attentionpack.calibrate.moments import (
     MAX_AUTO_GROUP_DIMS,
     LayerMoments,
