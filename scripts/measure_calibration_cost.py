@@ -8,6 +8,7 @@ model's own forwards come on top: they are what serving the same tokens would ta
 
 import argparse
 import json
+import multiprocessing
 import resource
 import sys
 import time
@@ -40,6 +41,7 @@ BASIS_LAYERS = 1
 def _measure(
     layers: int, heads: int, kv_heads: int, size: int, steps: int, joint_kv: bool
 ) -> dict[str, float]:
+    torch.set_num_threads(1)
     group_size = auto_group_size(kv_heads, size, MAX_AUTO_GROUP_DIMS // (1 + joint_kv))
     frequencies = 1e6 ** (-torch.arange(size // 2, dtype=torch.float64) / (size // 2))
     rotary = Rotary(frequencies)
@@ -89,12 +91,13 @@ def main() -> int:
         "--out", type=Path, default=ROOT / "docs" / "results" / "calibration_cost.json"
     )
     options = parser.parse_args()
-    torch.set_num_threads(1)
     rows = {}
-    for (name, shape), joint_kv in product(SHAPES.items(), (False, True)):
-        row = f"{name}, joint K/V" if joint_kv else name
-        rows[row] = _measure(*shape, options.steps, joint_kv)
-        print(row, rows[row], flush=True)
+    # A process for each: memory that an earlier one let go of would hold the moments of the next.
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for (name, shape), joint_kv in product(SHAPES.items(), (False, True)):
+            row = f"{name}, joint K/V" if joint_kv else name
+            rows[row] = pool.apply(_measure, (*shape, options.steps, joint_kv))
+            print(row, rows[row], flush=True)
     result = {
         "machine": describe_machine(),
         "tokens": CALIBRATION_TOKENS,
