@@ -20,8 +20,8 @@ import torch
 from vllm_attentionpack.calibrate.assemble import Assembler
 from vllm_attentionpack.calibrate.metrics import LayerStatistics
 from vllm_attentionpack.calibrate.moments import (
-    MAX_AUTO_GROUP_DIMS,
     MomentAccumulator,
+    auto_group_dims,
     auto_group_size,
 )
 from vllm_attentionpack.codec.positions import Rotary
@@ -42,7 +42,7 @@ def _measure(
     layers: int, heads: int, kv_heads: int, size: int, steps: int, joint_kv: bool
 ) -> dict[str, float]:
     torch.set_num_threads(1)
-    group_size = auto_group_size(kv_heads, size, MAX_AUTO_GROUP_DIMS // (1 + joint_kv))
+    group_size = auto_group_size(kv_heads, size, auto_group_dims(False, joint_kv))
     frequencies = 1e6 ** (-torch.arange(size // 2, dtype=torch.float64) / (size // 2))
     rotary = Rotary(frequencies)
     generator = torch.Generator().manual_seed(0)

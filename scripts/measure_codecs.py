@@ -17,9 +17,8 @@ from pathlib import Path
 from calibration_study.options import simulation_parser, started
 from calibration_study.setting import drawn_items, store
 
-from vllm_attentionpack.calibrate.moments import MAX_AUTO_GROUP_DIMS, auto_group_size
+from vllm_attentionpack.calibrate.moments import auto_group_dims, auto_group_size
 from vllm_attentionpack.calibrate.settings import PRE_ROPE_ANCHOR_SPAN, PRE_ROPE_TURN
-from vllm_attentionpack.codec.positions import PRE_ROPE_GROUP_DIMS
 from vllm_attentionpack.evaluate.baselines.catalogue import baselines
 from vllm_attentionpack.evaluate.simulate.capture import capture
 from vllm_attentionpack.evaluate.simulate.codec import ExactTokens, PackCodec
@@ -83,9 +82,7 @@ def main() -> int:
             forms += [(setting.anchor_span, None, True), (1, None, True)]
             forms += product(options.pre_rope_spans, options.joint_kv_turns, [True])
         for span, turn, joint_kv in forms:
-            # as `calibrate` groups heads
-            most = MAX_AUTO_GROUP_DIMS if turn is None else PRE_ROPE_GROUP_DIMS
-            most //= 2 if joint_kv else 1
+            most = auto_group_dims(turn is not None, joint_kv)
             heads, dims = setting.shape.num_kv_heads, setting.shape.head_size
             assembler = setting.assembler(
                 auto_group_size(heads, dims, most),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vllm_attentionpack.codec.codec import Basis, LayerCodec
+from vllm_attentionpack.codec.codec import Basis, LayerCodec, bases_by_kind
 from vllm_attentionpack.codec.layout import KINDS, GroupLayout, Kind, LayerLayout, PlaneCounts
 from vllm_attentionpack.codec.transform import principal_basis
 from vllm_attentionpack.ops.pages import Pages, planes_by_owner
@@ -30,8 +30,7 @@ def fitted_basis(
 
 def joint_bases(data: Tensor, counts: PlaneCounts, heads: int) -> dict[Kind, Basis]:
     """The bases of keys and values that share latents, `data` `[M, T, 2 GD]`."""
-    pair = fitted_basis(data, counts, 2 * heads).split(data.shape[-1] // 2)
-    return dict(zip(KINDS, pair, strict=True))
+    return bases_by_kind([fitted_basis(data, counts, 2 * heads)])
 
 
 def random_codec(

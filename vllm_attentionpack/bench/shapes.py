@@ -6,10 +6,9 @@ import numpy as np
 import torch
 
 from vllm_attentionpack.codec.allocate import fill, unit_curve
-from vllm_attentionpack.codec.codec import Basis, LayerCodec
+from vllm_attentionpack.codec.codec import Basis, LayerCodec, bases_by_kind
 from vllm_attentionpack.codec.layout import (
     DENSE_BYTES,
-    KINDS,
     PLANE_QUANTUM,
     SCALE_BYTES,
     GroupLayout,
@@ -68,8 +67,7 @@ class LayerShape:
         dense = len(units) * dims * DENSE_BYTES
         budget = (dense / self.ratio - len(units) * SCALE_BYTES) // PLANE_QUANTUM
         spent = fill([curve] * len(units), [KEY_WEIGHT, 1.0][: len(units)], int(budget))
-        key, value = curve.choices[spent[0]], curve.choices[spent[-1]]
-        group = GroupLayout(key, value, self.joint_kv)
+        group = GroupLayout.of([curve.choices[quanta] for quanta in spent])
         groups = (group,) * (self.kv_heads // self.heads_per_group)
         size = sum(g.bytes_per_token for g in groups)
         return LayerLayout(groups, self.heads_per_group, self.head_size, size)
@@ -93,8 +91,7 @@ class LayerShape:
                 )
                 for kinds in group.units
             ]
-            pair = found[0].split(layout.group_dims) if self.joint_kv else found
-            bases.append(dict(zip(KINDS, pair, strict=True)))
+            bases.append(bases_by_kind(found))
         return LayerCodec(layout, bases)
 
 

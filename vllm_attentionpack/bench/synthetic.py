@@ -14,13 +14,12 @@ from torch import Tensor
 
 from vllm_attentionpack.calibrate.settings import PRE_ROPE_TURN
 from vllm_attentionpack.codec.allocate import allocate, unit_curve
-from vllm_attentionpack.codec.codec import Basis, LayerCodec
+from vllm_attentionpack.codec.codec import LayerCodec, bases_by_kind
 from vllm_attentionpack.codec.layout import (
     DENSE_BYTES,
     KINDS,
     SCALE_BYTES,
     GroupLayout,
-    Kind,
     LayerLayout,
     units_of,
 )
@@ -49,7 +48,7 @@ def synthetic_layout(
     per_group = len(units) // groups
     of_groups = (counts[i : i + per_group] for i in range(0, len(units), per_group))
     return LayerLayout(
-        tuple(GroupLayout(of_group[0], of_group[-1], joint_kv) for of_group in of_groups),
+        tuple(GroupLayout.of(of_group) for of_group in of_groups),
         heads_per_group,
         head_size,
         size,
@@ -80,12 +79,13 @@ def synthetic_codec(
         variance=variance[None],
         share=torch.ones(1, dtype=torch.float64),
     )
-    bases: list[dict[Kind, Basis]] = []
-    for group in layout.groups:
-        found = [basis.truncate(getattr(group, kinds[0])) for kinds in group.units]
-        pair = found[0].split(layout.group_dims) if joint_kv else found
-        bases.append(dict(zip(KINDS, pair, strict=True)))
-    return LayerCodec(layout, bases)
+    return LayerCodec(
+        layout,
+        [
+            bases_by_kind([basis.truncate(getattr(group, kinds[0])) for kinds in group.units])
+            for group in layout.groups
+        ],
+    )
 
 
 def synthetic_heads(

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vllm_attentionpack.calibrate.metrics import LayerStatistics, layer_bases, output_energy
+from vllm_attentionpack.calibrate.metrics import LayerStatistics, Part, layer_bases, output_energy
 from vllm_attentionpack.codec.allocate import MAX_PAGE_SIZE_CLASSES, UnitCurve, allocate, unit_curve
-from vllm_attentionpack.codec.codec import Basis, LayerCodec
+from vllm_attentionpack.codec.codec import LayerCodec, bases_by_kind
 from vllm_attentionpack.codec.layout import (
     DENSE_BYTES,
     KINDS,
@@ -32,9 +32,6 @@ from vllm_attentionpack.packfile.schema import (
 #: Of joint kinds, errors of either are worth at least this fraction of what the other's are.
 _LEAST_PRICE = 1e-6
 
-#: The keys or the values of a layer.
-Part = tuple[int, Kind]
-
 
 @dataclass(frozen=True)
 class Budget:
@@ -50,6 +47,11 @@ class Budget:
     def num_units(self) -> int:
         """Of a layer: head groups of K and V, or of both at once where they are joint."""
         return self.num_kv_heads // self.heads_per_group * len(units_of(self.joint_kv))
+
+    @property
+    def coded_dims(self) -> int:
+        """See `LayerLayout.coded_dims`."""
+        return self.heads_per_group * self.head_size * len(units_of(self.joint_kv)[0])
 
     @property
     def fixed_bytes(self) -> int:
@@ -132,14 +134,14 @@ class Unit:
 
     Attributes:
         kinds: which.
-        basis: by the metrics of `layer_bases` times `prices`.
-        prices: of an error in each kind.
-        curve: in units of the layer's output energy, at these prices.
+        basis: by the metrics of `layer_bases` times `scale`.
+        scale: of each kind; one where it is coded alone, and its price turns no basis.
+        curve: in units of the layer's output energy, priced.
     """
 
     kinds: tuple[Kind, ...]
     basis: PrincipalBasis
-    prices: tuple[float, ...]
+    scale: tuple[float, ...]
     curve: UnitCurve
 
     @classmethod
@@ -151,19 +153,18 @@ class Unit:
     def priced(self, prices: tuple[float, ...], energy: float) -> "Unit":
         """The same where errors are worth so much."""
         if len(self.kinds) == 1:
-            return replace(self, prices=prices, curve=self.curve.priced(*prices))
+            return replace(self, curve=self.curve.priced(*prices))
         # what is worth nothing could not be whitened
         floor = max(_LEAST_PRICE * max(prices), torch.finfo(torch.float32).tiny)
         prices = tuple(max(price, floor) for price in prices)
         repeats = len(self.basis.root) // len(prices)
         basis = self.basis.priced([price for price in prices for _ in range(repeats)])
-        return replace(Unit.of(self.kinds, basis, energy), prices=prices)
+        return replace(Unit.of(self.kinds, basis, energy), scale=prices)
 
     def distortion(self, counts: PlaneCounts, energy: float) -> dict[Kind, float]:
         """What the statistics foretell of each kind, over the layer's output energy, unpriced."""
         errors = self.basis.errors(counts).unflatten(0, (len(self.kinds), -1)).sum(1) / energy
-        if len(self.kinds) > 1:  # else the basis has no price
-            errors = errors / torch.tensor(self.prices, dtype=torch.float64)
+        errors = errors / torch.tensor(self.scale, dtype=torch.float64)
         return dict(zip(self.kinds, errors.tolist(), strict=True))
 
 
@@ -290,21 +291,16 @@ def _layer(
     size: int,
 ) -> tuple[LayerHeader, LayerPack]:
     """`counts` in the order of the units."""
+    chosen = list(zip(units, counts, strict=True))
+    per_group = len(units_of(len(units[0].kinds) > 1))
     groups, truncated, variance = [], [], []
-    joint_kv = len(units[0].kinds) > 1
-    per_group = len(units_of(joint_kv))
-    for first in range(0, len(units), per_group):
-        planes: dict[Kind, PlaneCounts] = {}
-        kept: dict[Kind, Basis] = {}
-        spectra: dict[Kind, Tensor] = {}
-        for unit, spent in zip(units[first:][:per_group], counts[first:], strict=False):
-            basis = unit.basis.truncate(spent)
-            parts = basis.split(basis.mean.shape[1] // 2) if joint_kv else (basis,)
-            for kind, part in zip(unit.kinds, parts, strict=True):
-                planes[kind], kept[kind] = spent, part
-                spectra[kind] = unit.basis.variance.float()
-        groups.append(GroupHeader.of(GroupLayout(**planes, joint_kv=joint_kv)))
-        truncated.append(kept)
+    for first in range(0, len(chosen), per_group):
+        of_group = chosen[first : first + per_group]
+        groups.append(GroupHeader.of(GroupLayout.of([spent for _, spent in of_group])))
+        truncated.append(bases_by_kind([unit.basis.truncate(spent) for unit, spent in of_group]))
+        spectra: dict[Kind, Tensor] = {
+            kind: unit.basis.variance.float() for unit, _ in of_group for kind in unit.kinds
+        }
         variance.append(spectra)
     header = LayerHeader(
         name=name, bytes_per_token=size, groups=tuple(groups), rotary=RotaryHeader.of(anchors)

@@ -30,6 +30,9 @@ from vllm_attentionpack.codec.transform import PrincipalBasis, principal_basis
 #: Measured on the reference VLM (docs/log.md): flat between 0.1 and 0.3.
 KEY_PRICE = 0.15
 
+#: The keys or the values of a layer.
+Part = tuple[int, Kind]
+
 
 @dataclass(frozen=True)
 class LayerStatistics:

@@ -22,7 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_attentionpack.codec.layout import units_of
 from vllm_attentionpack.codec.positions import (
+    PRE_ROPE_GROUP_DIMS,
     Anchors,
     Rotary,
     average_over_positions,
@@ -35,6 +37,12 @@ MAX_AUTO_GROUP_DIMS = 1024
 
 #: Text, then visual.
 _MODALITIES = 2
+
+
+def auto_group_dims(pre_rope: bool, joint_kv: bool) -> int:
+    """Up to how many dims of keys `auto` groups heads; where V's are joint with them, half."""
+    most = PRE_ROPE_GROUP_DIMS if pre_rope else MAX_AUTO_GROUP_DIMS
+    return most // len(units_of(joint_kv)[0])
 
 
 def auto_group_size(num_kv_heads: int, head_size: int, most_dims: int = MAX_AUTO_GROUP_DIMS) -> int:
@@ -207,11 +215,12 @@ class MomentAccumulator:
     ) -> Anchors | None:
         """What keys are coded relative to, at anchors `span` tokens apart.
 
-        Planes that turn by more than `pre_rope_turn` within a span are coded pre-RoPE; None for
-        none.
+        Planes that turn by more than `pre_rope_turn` radians within a span are coded pre-RoPE, none
+        where that is None.
 
-        None, for keys as they come, if `span` is 0, if one span holds all `num_positions` (its only
-        anchor is position 0) and no plane is coded pre-RoPE, and where the layer does not turn.
+        Returns None, for keys as they come, if `span` is 0, if one span holds all `num_positions`
+        (its only anchor is position 0) and no plane is coded pre-RoPE, and where the layer does not
+        turn.
         """
         if self.rotary is None or span == 0:
             return None

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from vllm_attentionpack import __version__
 from vllm_attentionpack.calibrate.assemble import Budget, check_weights
 from vllm_attentionpack.calibrate.engine import Progress, feed, statistics_engine
-from vllm_attentionpack.calibrate.moments import MAX_AUTO_GROUP_DIMS
+from vllm_attentionpack.calibrate.moments import auto_group_dims
 from vllm_attentionpack.calibrate.settings import CalibrateSettings, make_settings
-from vllm_attentionpack.codec.layout import units_of
-from vllm_attentionpack.codec.positions import PRE_ROPE_GROUP_DIMS, common_span
+from vllm_attentionpack.codec.positions import common_span
 from vllm_attentionpack.errors import CalibrationDataError
 from vllm_attentionpack.evaluate.data import ChatItem, Dataset, Item, read_dataset
 from vllm_attentionpack.evaluate.simulate.codec import CacheShape, ExactTokens, PackCodec
@@ -116,12 +115,9 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
     held_out: tuple[Item, ...] = ()
     if settings.validates:
         fitted, held_out = split_items(dataset, settings.validation_share, settings.seed)
-    dims = PRE_ROPE_GROUP_DIMS if settings.pre_rope else MAX_AUTO_GROUP_DIMS
-    coded_per_dim = len(units_of(settings.joint_kv)[0])  # of a key's dim, the value's with it
+    dims = auto_group_dims(settings.pre_rope, settings.joint_kv)
     (collector,) = llm.apply_model(
-        lambda model: Collector.install(
-            model, settings.group_size, dims // coded_per_dim, settings.joint_kv
-        )
+        lambda model: Collector.install(model, settings.group_size, dims, settings.joint_kv)
     )
     found = _fingerprint(llm, collector)
     try:
@@ -147,8 +143,7 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
     finally:
         collector.remove()
     tokens, visual_tokens = collector.tokens, collector.visual_tokens
-    coded_dims = collector.heads_per_group * found.head_size * coded_per_dim
-    _check_tokens(dataset.path, tokens, coded_dims)
+    _check_tokens(dataset.path, tokens, budget.coded_dims)
     modalities = _modalities(settings, tokens, visual_tokens)
     max_context = settings.max_context or llm.model_config.max_model_len
     logger.info(

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from vllm_attentionpack.codec.layout import KINDS, Kind
+from vllm_attentionpack.calibrate.metrics import Part
+from vllm_attentionpack.codec.layout import KINDS
 from vllm_attentionpack.evaluate.simulate.codec import TokenCodec, Tokens
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 #: A part without a measurable effect still gets this fraction of the mean divergence, so that it
 #: is not starved on the word of a few prompts.
 _FLOOR = 0.03
-
-Part = tuple[int, Kind]
 
 
 class PartCodec(TokenCodec):

@@ -1,12 +1,12 @@
 """One layer's codec: bases and layout, ready to encode tokens into latents and back."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vllm_attentionpack.codec.layout import GroupLayout, Kind, LayerLayout, PlaneCounts
+from vllm_attentionpack.codec.layout import KINDS, GroupLayout, Kind, LayerLayout, PlaneCounts
 from vllm_attentionpack.codec.positions import Anchors
 from vllm_attentionpack.codec.quantize import (
     choose_scale,
@@ -44,15 +44,6 @@ class Basis:
     def num_modalities(self) -> int:
         return self.mean.shape[0]
 
-    def split(self, dims: int) -> "tuple[Basis, Basis]":
-        """Of joint tokens that have keys in the first `dims` dims and values in the others."""
-        keys, values = slice(dims), slice(dims, None)
-        first, second = (
-            Basis(self.mean[:, of], self.encode[:, of], self.decode[:, :, of], self.weight)
-            for of in (keys, values)
-        )
-        return first, second
-
     def to(self, device: torch.device) -> "Basis":
         return Basis(*(tensor.to(device) for tensor in self.tensors().values()))
 
@@ -64,6 +55,23 @@ class Basis:
             "decode": self.decode,
             "weight": self.weight,
         }
+
+
+def bases_by_kind(units: Sequence[Basis]) -> dict[Kind, Basis]:
+    """The bases of a head group's keys and values.
+
+    Args:
+        units: that of K and that of V, or one of both, `[M, 2 GD, R]`, keys first: its rows are
+            then shared out, as views.
+    """
+    if len(units) == 1:
+        (joint,) = units
+        dims = joint.mean.shape[1] // 2
+        units = [
+            Basis(joint.mean[:, of], joint.encode[:, of], joint.decode[:, :, of], joint.weight)
+            for of in (slice(dims), slice(dims, None))
+        ]
+    return dict(zip(KINDS, units, strict=True))
 
 
 class PlaneCodec:

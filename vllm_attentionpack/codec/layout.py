@@ -22,7 +22,7 @@ them both are columns like all others, whose units differ by a power of two (`co
 encoding knows of pairs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -178,6 +178,11 @@ class GroupLayout:
     def __post_init__(self) -> None:
         if self.joint_kv and self.key != self.value:
             raise ValueError(f"joint keys and values have the same planes, got {self}")
+
+    @classmethod
+    def of(cls, units: Sequence[PlaneCounts]) -> "GroupLayout":
+        """Of the counts of K and of V, or of both at once."""
+        return cls(units[0], units[-1], joint_kv=len(units) == 1)
 
     @property
     def units(self) -> tuple[tuple[Kind, ...], ...]:

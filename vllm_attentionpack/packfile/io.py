@@ -242,7 +242,8 @@ def _read_layer(
     rotaries: dict[tuple[bool, bytes], Rotary],
 ) -> LayerPack:
     """`rotaries` are those of the layers before, for layers that turn alike to share."""
-    dims = header.heads_per_group * header.fingerprint.head_size
+    layout = header.layouts()[index]
+    dims = layout.group_dims
     modalities = header.num_modalities
     bases: list[dict[Kind, Basis]] = []
     variance: list[dict[Kind, Tensor]] = []
@@ -256,7 +257,7 @@ def _read_layer(
                 "encode": (modalities, dims, columns),
                 "decode": (modalities, columns, dims),
                 "weight": (modalities, columns),
-                "variance": (modalities, dims * (2 if group.joint_kv else 1)),
+                "variance": (modalities, layout.coded_dims),
             }
             fields = {
                 field: _checked(target, _prefix(index, g, kind) + field, shape, tensors)

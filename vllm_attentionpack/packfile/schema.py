@@ -199,6 +199,11 @@ class PackHeader(_Frozen):
         ]
 
     @property
+    def joint_kv(self) -> bool:
+        """Whether keys and values are joint, as calibration makes them in all layers or in none."""
+        return self.layers[0].groups[0].joint_kv
+
+    @property
     def bytes_per_token(self) -> int:
         """Stored bytes per token over all layers."""
         return sum(layer.bytes_per_token for layer in self.layers)

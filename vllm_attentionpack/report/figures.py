@@ -91,7 +91,7 @@ def heat_maps(pack: Pack) -> go.Figure:
     """Retained rank and bits per element of every layer and head group."""
     header = pack.header
     layouts = header.layouts()
-    dims, units = layouts[0].coded_dims, units_of(layouts[0].joint_kv)
+    dims, units = layouts[0].coded_dims, units_of(pack.header.joint_kv)
     columns = [
         f"{unit_name(kinds)} {g}" for kinds in units for g in range(len(header.layers[0].groups))
     ]
@@ -133,7 +133,7 @@ def heat_maps(pack: Pack) -> go.Figure:
 def spectra(pack: Pack) -> go.Figure:
     """The variance of every latent dim, relative to the first; what is cut off is dotted."""
     modalities = range(pack.header.num_modalities)
-    units = units_of(pack.header.layouts()[0].joint_kv)
+    units = units_of(pack.header.joint_kv)
     figure = make_subplots(
         rows=len(modalities),
         cols=len(units),
@@ -183,7 +183,7 @@ def spectra(pack: Pack) -> go.Figure:
 def byte_bars(pack: Pack) -> go.Figure:
     """Bytes per token of every layer, by what they hold."""
     layouts = pack.header.layouts()
-    units = units_of(layouts[0].joint_kv)
+    units = units_of(pack.header.joint_kv)
     names = {kinds[0]: unit_name(kinds) for kinds in units}
     order = [(f"{bits} bits", name) for name in names.values() for bits in (16, 8, 4, 2)]
     order += [("scales", ""), ("padding", "")]

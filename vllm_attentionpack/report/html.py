@@ -102,7 +102,7 @@ def _modality_rows(pack: Pack) -> list[dict[str, Any]]:
     """Per modality and K or V, over all layers: share of the error energy that the codes keep."""
     rows = []
     for m in range(pack.header.num_modalities):
-        for kinds in units_of(pack.header.layouts()[0].joint_kv):
+        for kinds in units_of(pack.header.joint_kv):
             kind = kinds[0]
             kept = total = 0.0
             half: list[int] = []

@@ -79,7 +79,7 @@ def _header_table(header: PackHeader, facts: dict[str, Any]) -> Table:
         "exact tokens": _exact_tokens(header),
         "max context": f"{header.max_context:,} tokens",
         "anchors": _anchors(header),
-        "keys and values": "joint" if header.layouts()[0].joint_kv else "apart",
+        "keys and values": "joint" if header.joint_kv else "apart",
         "calibrated on": f"{provenance.tokens:,} tokens, {provenance.visual_tokens:,} visual "
         f"(data {provenance.data_sha256[:12]}, seed {provenance.seed})",
         "made by": f"vllm-attentionpack {provenance.attentionpack_version} with vLLM "

@@ -141,26 +141,31 @@ def decompress(
     bfloat16 = dtype == torch.bfloat16
     out = torch.empty(2, tokens, layout.num_kv_heads * layout.head_size, dtype=dtype)
     for g, bases in enumerate(plan.decode(dtype if bfloat16 else torch.float32)):
-        for side, kind in enumerate(KINDS):
-            decode, mean = bases[kind]
+        for kinds in layout.groups[g].units:
             latent, visual = calls.unpack(
                 kv_cache,
                 blocks.int(),
-                plan.table(block_size)[g, side],
-                decode.shape[1],
+                plan.table(block_size)[g, KINDS.index(kinds[0])],
+                bases[kinds[0]][0].shape[1],
                 tokens,
                 block_size,
                 bfloat16,
             )
-            part = out[side, :, g * dims : (g + 1) * dims]
-            if codec.num_modalities == 1:
-                part.copy_(torch.addmm(mean[0], latent, decode[0]))
-                continue
-            for m, chosen in enumerate([~visual, visual]):
-                rows = chosen.nonzero()[:, 0]
-                part[rows] = torch.addmm(mean[m], latent[rows], decode[m]).to(dtype)
+            for kind in kinds:
+                part = out[KINDS.index(kind), :, g * dims : (g + 1) * dims]
+                _rebuild(part, latent, visual, *bases[kind])
     key, value = out.unflatten(2, (layout.num_kv_heads, layout.head_size))
     return key, value
+
+
+def _rebuild(part: Tensor, latent: Tensor, visual: Tensor, decode: Tensor, mean: Tensor) -> None:
+    """Writes keys or values `[T, GD]` of latents `[T, R]`, each by its modality's basis."""
+    if len(decode) == 1:
+        part.copy_(torch.addmm(mean[0], latent, decode[0]))
+        return
+    for m, chosen in enumerate([~visual, visual]):
+        rows = chosen.nonzero()[:, 0]
+        part[rows] = torch.addmm(mean[m], latent[rows], decode[m]).to(part.dtype)
 
 
 def absorb_query(

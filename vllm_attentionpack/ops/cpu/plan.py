@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vllm_attentionpack.codec.codec import LayerCodec, PlaneCodec
-from vllm_attentionpack.codec.layout import KINDS, Kind, LayerLayout, Plane, PlaneCounts
+from vllm_attentionpack.codec.layout import KINDS, Kind, LayerLayout, PlaneCounts
 from vllm_attentionpack.ops.cpu.library import Kernels
 from vllm_attentionpack.ops.cpu.maps import FloatMap, Map, MapList, PackedMap
 from vllm_attentionpack.ops.cpu.structures import SIDE_FIELDS
+from vllm_attentionpack.ops.pages import planes_by_owner
 
 
 @dataclass(frozen=True)
@@ -211,11 +212,8 @@ def _by_head(codec: PlaneCodec, layout: LayerLayout) -> tuple[Tensor, Tensor]:
 
 
 def _layout_table(layout: LayerLayout, block_size: int, widths: dict[Kind, list[int]]) -> Tensor:
-    owners: dict[tuple[int, Kind], list[Plane]] = {}
-    for plane in layout.planes(block_size):
-        owners.setdefault((plane.group, plane.kind), []).append(plane)
     table = torch.zeros(len(layout.groups), len(KINDS), SIDE_FIELDS, dtype=torch.int64)
-    for (group, kind), owned in owners.items():
+    for (group, kind), owned in planes_by_owner(layout, block_size).items():
         *codes, scales = owned
         counts = getattr(layout.groups[group], kind)
         numbers = [len(codes), counts.num_columns, scales.offset, widths[kind][group]]
