@@ -36,12 +36,13 @@ def main() -> int:
     parser.add_argument("--short-spans", type=int, nargs="*", default=[64, 16, 1])
     parser.add_argument("--pre-rope-spans", type=int, nargs="*", default=[PRE_ROPE_ANCHOR_SPAN])
     parser.add_argument("--joint-kv-turns", type=float, nargs="*", default=[PRE_ROPE_TURN, 0.5])
+    parser.add_argument("--sensitivity", choices=["gradients", "measured"], default="gradients")
     parser.add_argument("--no-joint-kv", action="store_true", help="leave these rows out")
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--recent", type=int, default=64)
     options = parser.parse_args()
     exact = f"{options.sinks} + {options.recent} exact"
-    kept = ExactTokens(options.sinks, options.recent)
+    none, kept = ExactTokens(), ExactTokens(options.sinks, options.recent)
     with (
         tempfile.TemporaryDirectory() as folder,
         started(options) as setting,
@@ -50,6 +51,11 @@ def main() -> int:
         table = setting.table(items, options.heldout_tokens)
         table.keep = partial(  # a stopped run leaves the rows that it has
             store, options.out / f"{options.name}_codecs.json", setting, table, vars(options)
+        )
+        fit = partial(
+            setting.assembler,
+            max_context=options.max_context,
+            gradients=options.sensitivity == "gradients",
         )
         captured = capture(
             Simulator(setting.llm, setting.shape, setting.dataset.items, options.captured_tokens)
@@ -61,19 +67,21 @@ def main() -> int:
             table.add(name.split()[0] if " " in name else name, name, codec)
         del captured
         for group_size in options.group_sizes or setting.group_sizes:
-            assembler = setting.assembler(group_size, options.max_context)
             joint = group_size == max(setting.group_sizes)
             family = "ours" if joint else f"ours, {group_size} heads per group"
+            assembler = fit(group_size, none)
             for ratio in options.ratios if joint else (4.0, 8.0):
                 fitted = setting.priced(assembler, ratio=ratio)
                 assembled = fitted.at(ratio)
                 codec = PackCodec(setting.shape, assembled.codecs(table.device))
                 table.add(family, f"{family} {ratio:g}x", codec, predicted=fitted.predicted)
-                if joint and ratio in options.exact_ratios:
-                    beside = setting.priced(assembler, exact=kept, ratio=ratio)
-                    codecs = beside.at(ratio).codecs(table.device)
-                    windowed = PackCodec(setting.shape, codecs, kept)
-                    table.add(f"ours, {exact}", f"ours {ratio:g}x codes, {exact}", windowed)
+            if not joint:
+                continue
+            assembler = fit(group_size, kept)
+            for ratio in options.exact_ratios:
+                beside = setting.priced(assembler, exact=kept, ratio=ratio)
+                codec = PackCodec(setting.shape, beside.at(ratio).codecs(table.device), kept)
+                table.add(f"ours, {exact}", f"ours {ratio:g}x codes, {exact}", codec)
         forms: list[tuple[int, float | None, bool]] = [
             (span, None, False) for span in options.short_spans
         ]
@@ -84,13 +92,8 @@ def main() -> int:
         for span, turn, joint_kv in forms:
             most = auto_group_dims(turn is not None, joint_kv)
             heads, dims = setting.shape.num_kv_heads, setting.shape.head_size
-            assembler = setting.assembler(
-                auto_group_size(heads, dims, most),
-                options.max_context,
-                anchor_span=span,
-                pre_rope_turn=turn,
-                joint_kv=joint_kv,
-            )
+            group_size = auto_group_size(heads, dims, most)
+            form = {"anchor_span": span, "pre_rope_turn": turn, "joint_kv": joint_kv}
             keys = [f"anchors every {span}" if span > 1 else "un-rotated keys"]
             if turn is not None:
                 keys[0] += " and pre-RoPE" + (
@@ -98,13 +101,15 @@ def main() -> int:
                 )
             elif span == setting.anchor_span:
                 keys = []
-            for ratio, beside in product((4.0, 8.0, 16.0), (ExactTokens(), kept)):
+            for beside in (none, kept):
                 what = [exact] if beside else []
                 what += [*keys, "joint K/V"] if joint_kv else keys
-                assembled = setting.priced(assembler, exact=beside, ratio=ratio).at(ratio)
-                codec = PackCodec(setting.shape, assembled.codecs(table.device), beside)
                 named = ", ".join(what)
-                table.add(f"ours, {named}", f"ours {ratio:g}x codes, {named}", codec)
+                assembler = fit(group_size, beside, **form)
+                for ratio in (4.0, 8.0, 16.0):
+                    assembled = setting.priced(assembler, exact=beside, ratio=ratio).at(ratio)
+                    codec = PackCodec(setting.shape, assembled.codecs(table.device), beside)
+                    table.add(f"ours, {named}", f"ours {ratio:g}x codes, {named}", codec)
     return 0
 
 

@@ -2,7 +2,7 @@
 """Measure what exact sinks and recent tokens buy: quality and capacity over a grid, as JSON.
 
 As `measure_codecs.py` measures: teacher forcing on held-out items, every token that is not exact
-read from its codes. Sensitivities are measured for each ratio and window, beside four sinks.
+read from its codes. Gradients are those beside each window and four sinks.
 Capacity is that of a bfloat16 model on blocks of the default geometry.
 """
 
@@ -27,9 +27,14 @@ def main() -> int:
     options = parser.parse_args()
     with started(options) as setting:
         table = setting.table(setting.items(options.heldout), options.heldout_tokens)
-        assembler = setting.assembler(max(setting.group_sizes), options.max_context)
+        assemblers = {}
         for ratio, window in product(options.ratios, options.windows):
-            exact = ExactTokens(DEFAULT_SINKS, window) if window else None
+            exact = ExactTokens(DEFAULT_SINKS, window) if window else ExactTokens()
+            if window not in assemblers:
+                assemblers[window] = setting.assembler(
+                    max(setting.group_sizes), exact, options.max_context, gradients=True
+                )
+            assembler = assemblers[window]
             assembled = setting.priced(assembler, exact=exact, ratio=ratio).at(ratio)
             size = sum(header.bytes_per_token for header in assembled.headers)
             codecs = assembled.codecs(table.device)

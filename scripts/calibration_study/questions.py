@@ -21,6 +21,7 @@ from vllm_attentionpack.calibrate.settings import (
     DEFAULT_SINKS,
     DEFAULT_WINDOW,
     PRE_ROPE_ANCHOR_SPAN,
+    PRE_ROPE_TURN,
 )
 from vllm_attentionpack.codec.layout import KINDS, Kind
 from vllm_attentionpack.codec.positions import Rotary
@@ -250,7 +251,11 @@ def ideal(study: Study) -> None:
         study.add("ideal", f"ours {ratio:g}x", study.codec(study.base, ratio))
         study.add("ideal", f"ideal codes {ratio:g}x", study.ideal(study.base, ratio))
     assembler = study.setting.assembler(
-        study.group_size, study.max_context, study.setting.modalities, anchor_span=1
+        study.group_size,
+        ExactTokens(),
+        study.max_context,
+        study.setting.modalities,
+        anchor_span=1,
     )
     fitted = study.setting.priced(assembler)
     for ratio in (4.0, study.ratio):
@@ -288,7 +293,12 @@ def rotation(study: Study) -> None:
             if span >= study.max_context:
                 continue
             assembler = setting.assembler(
-                study.group_size, study.max_context, setting.modalities, span, pre_rope
+                study.group_size,
+                kept,
+                study.max_context,
+                setting.modalities,
+                span,
+                PRE_ROPE_TURN if pre_rope else None,
             )
             fitted = setting.priced(assembler, exact=kept, ratio=study.ratio)
             codec = study.codec(fitted, exact=kept)

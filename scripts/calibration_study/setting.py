@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import torch
 from vllm_attentionpack.calibrate.assemble import Assembled, Assembler
 from vllm_attentionpack.calibrate.collector import Collector
 from vllm_attentionpack.calibrate.engine import feed, statistics_engine
+from vllm_attentionpack.calibrate.gradients import FisherGatherer
 from vllm_attentionpack.calibrate.layers import output_gram
-from vllm_attentionpack.calibrate.metrics import LayerStatistics
+from vllm_attentionpack.calibrate.metrics import FisherMetrics, LayerStatistics
 from vllm_attentionpack.calibrate.moments import GroupMoments
-from vllm_attentionpack.calibrate.sensitivity import measure_sensitivity, predicted_kl
+from vllm_attentionpack.calibrate.sensitivity import measure_sensitivity
 from vllm_attentionpack.calibrate.settings import DEFAULT_ANCHOR_SPAN
 from vllm_attentionpack.codec.layout import Kind
 from vllm_attentionpack.codec.transform import PrincipalBasis
@@ -34,7 +36,7 @@ from vllm_attentionpack.evaluate.simulate.measure import Scores, Simulator, grou
 from vllm_attentionpack.report.machine import describe_machine
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "reference-vlm"
-SENSITIVITY_TOKENS = 8192
+SENSITIVITY_TOKENS = 32768
 REGULARIZATION = 1e-2
 
 MakeCodec = Callable[[Assembled], TokenCodec]
@@ -74,8 +76,8 @@ class Fitted:
 
     def at(self, ratio: float) -> Assembled:
         assembled = self.assembler.at(ratio, sensitivity=self.sensitivity)
-        if self.sensitivity is not None:
-            self.predicted = predicted_kl(self.sensitivity, assembled.distortion)
+        if self.sensitivity is not None or self.assembler.in_nats:
+            self.predicted = assembled.loss
         return assembled
 
 
@@ -213,8 +215,12 @@ class Setting:
         anchor_span: int | None = None,
         pre_rope_turn: float | None = None,
         joint_kv: bool = False,
+        exact: ExactTokens | None = None,
     ) -> list[LayerStatistics]:
-        """What `attentionpack calibrate` would gather; `anchor_span` in place of the setting's."""
+        """What `attentionpack calibrate` would gather; `anchor_span` in place of the setting's.
+
+        With gradients beside `exact` tokens, unless that is None.
+        """
         span = self.anchor_span if anchor_span is None else anchor_span
         whole = self.shape.num_kv_heads
         plain = items is None and max_tokens is None
@@ -236,10 +242,19 @@ class Setting:
             collector.remove()
             if plain:
                 self._collector = collector
+        turned = collector.turned(max_context, span, pre_rope_turn)
+        fisher: Iterator[FisherMetrics | None] = repeat(None)
+        if exact is not None:
+            gatherer = FisherGatherer(
+                self.sensitivity_simulator, turned, exact, group_size, joint_kv
+            )
+            gatherer.gather(lambda _: None)
+            fisher = gatherer.metrics(modalities)
         result = []
-        for recorder in collector.recorders:
+        for recorder, anchors, metrics in zip(
+            collector.recorders, [layer.anchors for layer in turned], fisher, strict=False
+        ):
             assert recorder.moments is not None
-            anchors = recorder.moments.anchors(span, max_context, pre_rope_turn)
             moments = recorder.moments.finalize(max_context, modalities, anchors)
             gram = output_gram(recorder.site, torch.float32)
             layer = recorder.layer
@@ -252,7 +267,8 @@ class Setting:
                 value=_split(moments.value, dims),
                 joint_kv=_split_joint(both, dims) if joint_kv else None,
             )
-            result.append(LayerStatistics(layer.layer_name, layer.impl.scale, split, gram, anchors))
+            scale = layer.impl.scale
+            result.append(LayerStatistics(layer.layer_name, scale, split, gram, anchors, metrics))
         return result
 
     @property
@@ -263,17 +279,20 @@ class Setting:
 
     def fitted(self, group_size: int, max_context: int, modalities: int | None = None) -> Fitted:
         """As `attentionpack calibrate` would fit at 8x for a server that keeps no token exact."""
-        return self.priced(self.assembler(group_size, max_context, modalities))
+        return self.priced(self.assembler(group_size, ExactTokens(), max_context, modalities))
 
     def assembler(
         self,
         group_size: int,
+        exact: ExactTokens,
         max_context: int,
         modalities: int | None = None,
         anchor_span: int | None = None,
         pre_rope_turn: float | None = None,
         joint_kv: bool = False,
+        gradients: bool = False,
     ) -> Assembler:
+        """Of statistics with `gradients` beside `exact` tokens, or without."""
         modalities = modalities or self.modalities
         statistics = self.statistics(
             group_size,
@@ -282,6 +301,7 @@ class Setting:
             anchor_span=anchor_span,
             pre_rope_turn=pre_rope_turn,
             joint_kv=joint_kv,
+            exact=exact if gradients else None,
         )
         return Assembler(statistics, group_size, REGULARIZATION)
 
@@ -301,7 +321,9 @@ class Setting:
         exact: ExactTokens | None = None,
         ratio: float = 8.0,
     ) -> Fitted:
-        """With sensitivities measured at `ratio` beside `exact`, as `calibrate` does."""
+        """With sensitivities measured at `ratio` beside `exact`, or as gradients have it."""
+        if assembler.in_nats:
+            return Fitted(assembler, None)
         return self.priced_at(assembler, Fitted(assembler, None), make, exact, ratio)
 
     def priced_at(

@@ -112,8 +112,7 @@ def _random_basis(
     basis = PrincipalBasis(
         mean=torch.zeros(modalities, dims, device=device),
         vectors=torch.stack(turns),
-        root=one,
-        inverse=one,
+        root=one[None],
         variance=torch.ones(modalities, dims, dtype=torch.float64, device=device),
         share=torch.full((modalities,), 1 / modalities, device=device),
     )

@@ -74,8 +74,7 @@ def synthetic_codec(
     basis = PrincipalBasis(
         mean=torch.zeros(1, len(turn), dtype=torch.float64),
         vectors=turn.T.float()[None],
-        root=metric,
-        inverse=metric,
+        root=metric[None],
         variance=variance[None],
         share=torch.ones(1, dtype=torch.float64),
     )

@@ -108,12 +108,15 @@ class Assembled:
     """Ranks, bits and bases of all layers.
 
     Attributes:
-        distortion: what the statistics foretell of each layer's keys and values, over its output
-            energy.
+        loss: what the statistics foretell of all layers, in nats per scored token where prices
+            are: measured, or of gradients.
+        distortion: what they foretell of each layer's keys and values, over its output energy;
+            empty where gradients price both as one.
     """
 
     headers: tuple[LayerHeader, ...]
     packs: list[LayerPack]
+    loss: float
     distortion: dict[Part, float]
     heads_per_group: int
     head_size: int
@@ -136,7 +139,7 @@ class Unit:
         kinds: which.
         basis: by the metrics of `layer_bases` times `scale`.
         scale: of each kind; one where it is coded alone, and its price turns no basis.
-        curve: in units of the layer's output energy, priced.
+        curve: in units of the layer's output energy, priced; in nats where gradients were gathered.
     """
 
     kinds: tuple[Kind, ...]
@@ -157,7 +160,7 @@ class Unit:
         # what is worth nothing could not be whitened
         floor = max(_LEAST_PRICE * max(prices), torch.finfo(torch.float32).tiny)
         prices = tuple(max(price, floor) for price in prices)
-        repeats = len(self.basis.root) // len(prices)
+        repeats = self.basis.root.shape[1] // len(prices)
         basis = self.basis.priced([price for price in prices for _ in range(repeats)])
         return replace(Unit.of(self.kinds, basis, energy), scale=prices)
 
@@ -173,7 +176,7 @@ class Assembler:
 
     Args:
         layers: in the order of the model; taken one by one, so that the moments of one need not
-            stay when those of the next are averaged.
+            stay when those of the next are averaged. With gradients of all or of none.
         heads_per_group: `G`, as the moments were gathered.
         regularization: see `codec.transform.principal_basis`.
     """
@@ -186,9 +189,12 @@ class Assembler:
         self.output_energies: list[float] = []
         #: Of each layer, the units of each group in turn.
         self.units: list[list[Unit]] = []
+        #: Whether bases are those of `FisherMetrics`.
+        self.in_nats = False
         head_size, num_groups, joint_kv = 0, 0, False
         for layer in layers:
-            energy = output_energy(layer)
+            self.in_nats = layer.fisher is not None
+            energy = 1.0 if self.in_nats else output_energy(layer)
             self.names.append(layer.name)
             self.anchors.append(layer.anchors)
             self.output_energies.append(energy)
@@ -238,7 +244,7 @@ class Assembler:
                 exceeded.
             layer_weights: the price of each layer's relative distortion; all alike by default.
             sensitivity: the price of each layer's keys and values, as measured; multiplies the
-                layer's weight. All alike by default.
+                layer's weight. All alike by default; not with gradients, which price by themselves.
             max_page_sizes: see `codec.allocate.allocate`.
 
         Raises:
@@ -253,18 +259,21 @@ class Assembler:
         curves = [[unit.curve for unit in of_layer] for of_layer in units]
         fixed = [self.budget.fixed_bytes] * num_layers
         chosen = allocate(curves, weights, bytes_per_token, fixed, max_page_sizes)
-        headers, packs = [], []
+        headers, packs, loss = [], [], 0.0
         distortion: dict[Part, float] = {}
         for i, (counts, size) in enumerate(chosen):
             header, pack = _layer(self.names[i], units[i], self.anchors[i], counts, size)
             headers.append(header)
             packs.append(pack)
+            loss += sum(unit.curve.at(n) for unit, n in zip(units[i], counts, strict=True))
+            if self.in_nats:
+                continue
             for unit, spent in zip(units[i], counts, strict=True):
                 for kind, lost in unit.distortion(spent, self.output_energies[i]).items():
                     distortion[i, kind] = distortion.get((i, kind), 0.0) + lost
         budget = self.budget
         return Assembled(
-            tuple(headers), packs, distortion, budget.heads_per_group, budget.head_size
+            tuple(headers), packs, loss, distortion, budget.heads_per_group, budget.head_size
         )
 
 

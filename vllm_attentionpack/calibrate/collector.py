@@ -15,8 +15,9 @@ from vllm.model_executor.layers.attention import Attention
 
 from vllm_attentionpack import compat
 from vllm_attentionpack.calibrate.backend import RECORDER
+from vllm_attentionpack.calibrate.gradients import TurnedLayer
 from vllm_attentionpack.calibrate.layers import AttentionSite, attention_sites, output_gram
-from vllm_attentionpack.calibrate.metrics import LayerStatistics
+from vllm_attentionpack.calibrate.metrics import FisherMetrics, LayerStatistics
 from vllm_attentionpack.calibrate.moments import (
     MAX_AUTO_GROUP_DIMS,
     LayerMoments,
@@ -189,6 +190,7 @@ class Collector:
         dtype: torch.dtype,
         anchor_span: int = 0,
         pre_rope_turn: float | None = None,
+        fisher: "Iterator[FisherMetrics] | None" = None,
     ) -> Iterator[LayerStatistics]:
         """The statistics of one layer after the other; a recorder gives up its sums, for room.
 
@@ -198,23 +200,36 @@ class Collector:
             dtype: of the model.
             anchor_span: see `MomentAccumulator.anchors`.
             pre_rope_turn: likewise.
+            fisher: metrics of every layer, where they were gathered.
 
         Raises:
             UnsupportedModelError: a layer that never attended.
             CalibrationDataError: a layer that was given infinities or NaN.
         """
+        turned = self.turned(num_positions, anchor_span, pre_rope_turn)
+        for recorder, anchors in zip(self.recorders, [t.anchors for t in turned], strict=True):
+            assert recorder.moments is not None
+            moments = recorder.moments.finalize(num_positions, num_modalities, anchors)
+            recorder.moments = None
+            _check_finite(recorder.layer.layer_name, moments)
+            gram = output_gram(recorder.site, dtype)
+            scale = recorder.layer.impl.scale
+            metrics = next(fisher) if fisher is not None else None
+            yield LayerStatistics(recorder.layer.layer_name, scale, moments, gram, anchors, metrics)
+
+    def turned(
+        self, num_positions: int, anchor_span: int, pre_rope_turn: float | None
+    ) -> list[TurnedLayer]:
+        """How keys turn in each layer; for the arguments and what is raised see `statistics`."""
+        result = []
         for recorder in self.recorders:
             if recorder.moments is None:
                 raise UnsupportedModelError(
                     f"layer '{recorder.layer.layer_name}' never attended during calibration."
                 )
             anchors = recorder.moments.anchors(anchor_span, num_positions, pre_rope_turn)
-            moments = recorder.moments.finalize(num_positions, num_modalities, anchors)
-            recorder.moments = None
-            _check_finite(recorder.layer.layer_name, moments)
-            gram = output_gram(recorder.site, dtype)
-            scale = recorder.layer.impl.scale
-            yield LayerStatistics(recorder.layer.layer_name, scale, moments, gram, anchors)
+            result.append(TurnedLayer(recorder.moments.rotary, anchors, num_positions))
+        return result
 
 
 def _check_finite(layer_name: str, moments: LayerMoments) -> None:

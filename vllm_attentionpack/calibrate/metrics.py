@@ -14,6 +14,9 @@ the output is close to its value, and an error in its logit moves little.
 Layers are compared by distortion over the energy of their own output,
 `sum_j tr(Mⱼ E[v vᵀ])`: a layer that writes little into the residual stream is not starved for it,
 nor one that writes much fed for it.
+
+Where gradients were gathered (`calibrate.gradients`) none of this is needed: they price an error in
+any direction of a token's keys and values by what the model's answers lose.
 """
 
 import math
@@ -25,13 +28,26 @@ from torch import Tensor
 from vllm_attentionpack.calibrate.moments import LayerMoments
 from vllm_attentionpack.codec.layout import Kind, units_of
 from vllm_attentionpack.codec.positions import Anchors
-from vllm_attentionpack.codec.transform import PrincipalBasis, principal_basis
+from vllm_attentionpack.codec.transform import PrincipalBasis, fisher_basis, principal_basis
 
 #: Measured on the reference VLM (docs/log.md): flat between 0.1 and 0.3.
 KEY_PRICE = 0.15
 
 #: The keys or the values of a layer.
 Part = tuple[int, Kind]
+
+
+@dataclass(frozen=True)
+class FisherMetrics:
+    """Half the Fisher information of the answers in keys and values, as they are coded.
+
+    Attributes:
+        metric: by what is coded together, float64 `[M, n, GD, GD]` for each of the `n` head groups
+            (`2 GD` of joint keys and values): an error `e` in every token costs the mean over
+            modalities, by share, of `eᵀ metric e` nats per scored token.
+    """
+
+    metric: dict[tuple[Kind, ...], Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,8 @@ class LayerStatistics:
         gram: float64 `[Hq, D, D]`, `Mⱼ = Wⱼ Wⱼᵀ` of the rows `Wⱼ` `[D, hidden]` of the output
             projection that query head `j` feeds.
         anchors: what keys are turned back by before they are coded; None for as they come.
+        fisher: what an error costs in nats, see `calibrate.gradients`; None where it was not
+            gathered.
     """
 
     name: str
@@ -52,6 +70,7 @@ class LayerStatistics:
     moments: LayerMoments
     gram: Tensor
     anchors: Anchors | None = None
+    fisher: "FisherMetrics | None" = None
 
     @property
     def head_size(self) -> int:
@@ -62,21 +81,24 @@ def layer_bases(
     layer: LayerStatistics, heads_per_group: int, regularization: float
 ) -> list[dict[tuple[Kind, ...], PrincipalBasis]]:
     """Of every head group of one layer the basis of what is coded together."""
-    metrics = {"key": key_metric(layer), "value": value_metric(layer)}
     moments = layer.moments
+    metrics = None
+    if layer.fisher is None:
+        metrics = {"key": key_metric(layer), "value": value_metric(layer)}
     result = []
     for g in range(moments.key.mean.shape[1]):
         heads = slice(g * heads_per_group, (g + 1) * heads_per_group)
         group: dict[tuple[Kind, ...], PrincipalBasis] = {}
         for kinds in units_of(moments.joint_kv is not None):
             coded = moments.joint_kv or getattr(moments, kinds[0])
-            group[kinds] = principal_basis(
-                coded.second[:, g],
-                coded.mean[:, g],
-                moments.count,
-                [metrics[kind][heads] for kind in kinds],
-                regularization,
-            )
+            seen = coded.second[:, g], coded.mean[:, g], moments.count
+            if metrics is None:
+                assert layer.fisher is not None
+                metric = layer.fisher.metric[kinds][:, g]
+                group[kinds] = fisher_basis(*seen, metric, len(kinds), regularization)
+            else:
+                of_heads = [metrics[kind][heads] for kind in kinds]
+                group[kinds] = principal_basis(*seen, of_heads, regularization)
         result.append(group)
     return result
 

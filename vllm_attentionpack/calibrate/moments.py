@@ -266,14 +266,13 @@ class MomentAccumulator:
             value = GroupMoments(joint_kv.second[..., dims:, dims:], joint_kv.mean[..., dims:])
         else:
             key, value = turned, GroupMoments(seconds[:, n:], firsts[:, n:])
-        query = torch.stack(
-            [
+        query = self._query.double() / self.count.sum()
+        for head in query:
+            head.copy_(
                 average_over_positions(
                     head, torch.zeros_like(head[0]), self.rotary, num_positions, self.head_size
                 )[0]
-                for head in self._query.double() / self.count.sum()
-            ]
-        )
+            )
         return LayerMoments(key, value, query, count, joint_kv)
 
     def _turned(

@@ -15,7 +15,7 @@ from vllm_attentionpack.calibrate.engine import Progress, feed, statistics_engin
 from vllm_attentionpack.calibrate.moments import auto_group_dims
 from vllm_attentionpack.calibrate.settings import CalibrateSettings, make_settings
 from vllm_attentionpack.codec.positions import common_span
-from vllm_attentionpack.errors import CalibrationDataError
+from vllm_attentionpack.errors import CalibrationDataError, UnsupportedModelError
 from vllm_attentionpack.evaluate.data import ChatItem, Dataset, Item, read_dataset
 from vllm_attentionpack.evaluate.simulate.codec import CacheShape, ExactTokens, PackCodec
 from vllm_attentionpack.packfile import Pack, PackHeader, Provenance, check_target, save_pack
@@ -23,6 +23,8 @@ from vllm_attentionpack.packfile.schema import FORMAT_VERSION, Fingerprint
 
 if TYPE_CHECKING:
     from vllm_attentionpack.calibrate.collector import Collector
+    from vllm_attentionpack.calibrate.gradients import FisherGatherer
+    from vllm_attentionpack.calibrate.metrics import FisherMetrics
 
 logger = logging.getLogger("vllm.attentionpack")
 
@@ -94,7 +96,7 @@ def check_data(dataset: Dataset, settings: CalibrateSettings) -> None:
             "text, or set modalities to 1 or auto."
         )
     scored = len(chats) < len(dataset.items) or any(item.answer is not None for item in chats)
-    if settings.sensitivity == "measured" and not scored:
+    if settings.sensitivity != "uniform" and not scored:
         raise CalibrationDataError(
             f"none of the {len(chats)} chats in '{dataset.path}' has an answer, and sensitivity is "
             "measured on answers and texts. Add answers or texts, or set 'sensitivity: uniform' in "
@@ -106,7 +108,8 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
     from vllm_attentionpack.attention.fingerprint import fingerprint
     from vllm_attentionpack.calibrate.assemble import Assembler
     from vllm_attentionpack.calibrate.collector import Collector
-    from vllm_attentionpack.calibrate.sensitivity import measure_sensitivity, predicted_kl
+    from vllm_attentionpack.calibrate.gradients import FisherGatherer
+    from vllm_attentionpack.calibrate.sensitivity import measure_sensitivity
     from vllm_attentionpack.calibrate.validate import Candidate, Validator, split_items
     from vllm_attentionpack.codec.allocate import MAX_PAGE_SIZE_CLASSES
     from vllm_attentionpack.evaluate.simulate.measure import Simulator
@@ -157,14 +160,27 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
         found.num_kv_heads,
         found.head_size,
     )
+    simulator = None
+    exact = ExactTokens(settings.sinks, settings.window)
+    if settings.sensitivity != "uniform":
+        items = _drawn(fitted, settings.seed)
+        simulator = Simulator(llm, shape, items, settings.sensitivity_tokens)
+        simulator.check_codes_are_read(exact)
+    form = max_context, settings.span, settings.pre_rope_turn if settings.pre_rope else None
+    fisher = None
+    if simulator is not None and settings.sensitivity != "measured":
+        gatherer = FisherGatherer(
+            simulator,
+            collector.turned(*form),
+            exact,
+            collector.heads_per_group,
+            settings.joint_kv,
+            settings.seed,
+        )
+        fisher = _gathered(gatherer, modalities, settings.sensitivity == "auto")
+    max_context, span, turn = form
     assembler = Assembler(
-        collector.statistics(
-            max_context,
-            modalities,
-            llm.model_config.dtype,
-            settings.span,
-            settings.pre_rope_turn if settings.pre_rope else None,
-        ),
+        collector.statistics(max_context, modalities, llm.model_config.dtype, span, turn, fisher),
         collector.heads_per_group,
         settings.regularization,
     )
@@ -173,11 +189,7 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
     mixed = found.num_layers < fingerprint(llm.model_config).num_layers
     max_page_sizes = 1 if mixed else MAX_PAGE_SIZE_CLASSES
     sensitivity = None
-    if settings.sensitivity == "measured":
-        items = _drawn(fitted, settings.seed)
-        simulator = Simulator(llm, shape, items, settings.sensitivity_tokens)
-        exact = ExactTokens(settings.sinks, settings.window)
-        simulator.check_codes_are_read(exact)
+    if simulator is not None and fisher is None:
         start = settings.ratio if settings.ratio != "auto" else _SENSITIVITY_RATIO
         with _progress_bar("measuring sensitivity") as progress:
             assembled = assembler.at(start, settings.layer_weights)
@@ -203,10 +215,8 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
             window=settings.window,
             layers=assembled.headers,
         )
-        foretold = None
-        if sensitivity is not None:
-            foretold = predicted_kl(sensitivity, assembled.distortion)
-        return Candidate(Pack(header, assembled.packs), foretold)
+        in_nats = simulator is not None  # priced, whichever way
+        return Candidate(Pack(header, assembled.packs), assembled.loss if in_nats else None)
 
     if not settings.validates:
         assert settings.ratio != "auto"
@@ -215,6 +225,21 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
     if settings.ratio == "auto":
         return validator.smallest(candidate, budget)
     return validator.marked(candidate(settings.ratio))
+
+
+def _gathered(
+    gatherer: "FisherGatherer", modalities: int, may_lack: bool
+) -> "Iterator[FisherMetrics] | None":
+    """The metrics of all layers; None where the model has no gradients and need not have."""
+    try:
+        with _progress_bar("gathering gradients") as progress:
+            gatherer.gather(lambda fraction: progress(fraction, gatherer.simulator.tokens))
+    except UnsupportedModelError as error:
+        if not may_lack:
+            raise
+        logger.warning("Sensitivity is measured part by part instead: %s", error)
+        return None
+    return gatherer.metrics(modalities)
 
 
 def _drawn(items: Sequence[Item], seed: int) -> list[Item]:

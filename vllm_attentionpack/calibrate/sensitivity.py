@@ -65,8 +65,3 @@ def measure_sensitivity(
         part: (loss[part] + floor) / distortion[part] if distortion[part] > 0 else 0.0
         for part in loss
     }
-
-
-def predicted_kl(sensitivity: Mapping[Part, float], distortion: Mapping[Part, float]) -> float:
-    """The divergence to expect, in nats per token."""
-    return sum(sensitivity[part] * distortion[part] for part in distortion)

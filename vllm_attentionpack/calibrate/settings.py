@@ -65,14 +65,17 @@ class CalibrateSettings(BaseModel):
         modalities: 1 codes all tokens by one basis, 2 visual tokens by their own; `auto` takes 2
             when at least `run.MIN_VISUAL_TOKENS` were seen.
         regularization: see `codec.transform.principal_basis`.
-        sensitivity: what errors in each layer's keys and values cost: `measured` on
-            `sensitivity_tokens` of the calibration data, which takes two forwards over them per
-            layer, or `uniform`.
+        sensitivity: what errors in keys and values cost, found out on `sensitivity_tokens` of the
+            calibration data. `gradients`: by Fisher information in every direction, which takes
+            some backwards through the model (`calibrate.gradients`); loses least. `measured`: layer
+            by layer, keys and values apart, which takes two forwards per layer. `uniform`: by the
+            energy they add to their layer's output, which takes nothing. `auto`: gradients, or
+            measured with a warning where the model has none (quantised weights, fused experts).
         sensitivity_tokens: at most this many, whole prompts.
         layer_weights: price of each layer's relative distortion; None prices all alike.
         sinks: tokens at the start of a request to keep exact, a recommendation to the server.
-        window: tokens at its end to keep exact, the newest included; likewise. Sensitivities are
-            measured beside them.
+        window: tokens at its end to keep exact, the newest included; likewise. Errors are priced
+            beside them.
         engine: further arguments of `vllm.LLM`.
     """
 
@@ -97,8 +100,8 @@ class CalibrateSettings(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**32)
     modalities: Literal["auto", 1, 2] = "auto"
     regularization: PositiveFloat = 1e-2
-    sensitivity: Literal["measured", "uniform"] = "measured"
-    sensitivity_tokens: PositiveInt = 8192
+    sensitivity: Literal["auto", "gradients", "measured", "uniform"] = "auto"
+    sensitivity_tokens: PositiveInt = 32768
     layer_weights: tuple[PositiveFloat, ...] | None = None
     sinks: int = Field(default=DEFAULT_SINKS, ge=0)
     window: int = Field(default=DEFAULT_WINDOW, ge=0)

@@ -71,6 +71,10 @@ class UnitCurve:
     def max_quanta(self) -> int:
         return len(self.choices) - 1
 
+    def at(self, counts: PlaneCounts) -> float:
+        """The distortion of one of the choices."""
+        return float(self.distortion[self.choices.index(counts)])
+
     def priced(self, price: float) -> "UnitCurve":
         """The curve in units of which one is worth `price`."""
         return UnitCurve(self.distortion * price, self.choices)

@@ -31,8 +31,8 @@ class PrincipalBasis:
     Attributes:
         mean: float64 `[M, GD]`.
         vectors: float32 `[M, GD, GD]`, orthonormal columns, variances in falling order.
-        root: float64 `[G, D, D]`, the square root of each head's metric.
-        inverse: float64 `[G, D, D]`, its inverse.
+        root: `[1, G, D, D]`, the square root of each head's metric, or `[M, 1, GD, GD]`, of each
+            modality's for the whole group.
         variance: float64 `[M, GD]`, of the latents: the error that dropping each dim costs.
         share: float64 `[M]`, the fraction of calibration tokens of each modality; sums to one.
     """
@@ -40,19 +40,19 @@ class PrincipalBasis:
     mean: Tensor
     vectors: Tensor
     root: Tensor
-    inverse: Tensor
     variance: Tensor
     share: Tensor
 
     @property
     def encode(self) -> Tensor:
         """float64 `[M, GD, GD]`, `c = (x - mean) @ encode`."""
-        return torch.block_diag(*self.root) @ self.vectors.double()
+        return _block_diagonal(self.root.double()) @ self.vectors.double()
 
     @property
     def decode(self) -> Tensor:
         """float64 `[M, GD, GD]`, the inverse of `encode`."""
-        return self.vectors.double().mT @ torch.block_diag(*self.inverse)
+        inverse = torch.linalg.inv(self.root.double())
+        return self.vectors.double().mT @ _block_diagonal(inverse)
 
     @property
     def spectrum(self) -> Tensor:
@@ -70,7 +70,6 @@ class PrincipalBasis:
             self,
             vectors=vectors.float(),
             root=self.root * scale[:, None, None],
-            inverse=self.inverse / scale[:, None, None],
             variance=variance,
         )
 
@@ -82,7 +81,7 @@ class PrincipalBasis:
         lost = torch.einsum(
             "m,mi,mdi->d", self.share, self.variance * left, self.vectors.double().square()
         )
-        return lost.unflatten(0, (len(self.root), -1)).sum(1)
+        return lost.unflatten(0, (self.root.shape[1], -1)).sum(1)
 
     def truncate(self, counts: PlaneCounts) -> Basis:
         """The columns of the retained dims, measured in quantiser steps."""
@@ -122,18 +121,60 @@ def principal_basis(
             calibration saw no query use are kept at a low price rather than for nothing) and, per
             head size of tokens, to a modality's covariance from all modalities together.
     """
-    roots, inverses = map(
-        torch.cat, zip(*(_metric_roots(metric, regularization) for metric in metrics), strict=True)
-    )
-    root = torch.block_diag(*roots)
+    roots = torch.cat([_metric_roots(metric, regularization) for metric in metrics])
+    return _basis(second, mean, count, roots[None])
+
+
+def fisher_basis(
+    second: Tensor,
+    mean: Tensor,
+    count: Tensor,
+    metric: Tensor,
+    kinds: int,
+    regularization: float,
+) -> PrincipalBasis:
+    """Principal components by a metric of the whole head group.
+
+    Args:
+        second: see `principal_basis`; likewise `mean` and `count`.
+        metric: float64 `[M, GD, GD]`, what an error in a token of each modality costs.
+        kinds: 2 of joint keys and values, which are regularised apart; else 1.
+        regularization: fraction of the mean diagonal that is added.
+    """
+    diagonal = metric.diagonal(dim1=1, dim2=2).unflatten(1, (kinds, -1))
+    floor = (diagonal.mean(-1) * regularization).clamp_min(1e-30)
+    floors = floor.repeat_interleave(diagonal.shape[-1], dim=1)
+    roots = torch.stack([_root(m + torch.diag(f)) for m, f in zip(metric, floors, strict=True)])
+    return _basis(second, mean, count, roots[:, None].float())
+
+
+def _basis(second: Tensor, mean: Tensor, count: Tensor, roots: Tensor) -> PrincipalBasis:
     covariance = second - mean[:, :, None] * mean[:, None, :]
     share = count.double() / count.sum()
-    pooled = (covariance * share[:, None, None]).sum(0)
-    # A modality seen for few tokens leans on the others: its own covariance would be singular.
-    lean = covariance.shape[-1] / (count.double() + covariance.shape[-1])
-    covariance = covariance + (pooled - covariance) * lean[:, None, None]
+    covariance = lean_on_all(covariance, count, share)
+    root = _block_diagonal(roots.double())
     variance, vectors = _principal(root @ covariance @ root)
-    return PrincipalBasis(mean, vectors.float(), roots, inverses, variance, share)
+    return PrincipalBasis(mean, vectors.float(), roots, variance, share)
+
+
+def lean_on_all(of_modality: Tensor, count: Tensor, share: Tensor) -> Tensor:
+    """Matrices `[M, n, n]` of modalities; one seen for few tokens leans on the mean of all.
+
+    Its own would be singular.
+
+    Args:
+        of_modality: means over the tokens of each modality.
+        count: `[M]`, tokens seen.
+        share: `[M]`, of the mean.
+    """
+    pooled = (of_modality * share[:, None, None]).sum(0)
+    lean = of_modality.shape[-1] / (count.double() + of_modality.shape[-1])
+    return of_modality + (pooled - of_modality) * lean[:, None, None]
+
+
+def _block_diagonal(blocks: Tensor) -> Tensor:
+    """`[M, B, n, n]` as `[M, B n, B n]`."""
+    return torch.stack([torch.block_diag(*of_modality) for of_modality in blocks])
 
 
 def _principal(covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,14 +183,15 @@ def _principal(covariance: Tensor) -> tuple[Tensor, Tensor]:
     return variance.flip(-1).clamp_min(0), vectors.flip(-1)
 
 
-def _metric_roots(metric: Tensor, regularization: float) -> tuple[Tensor, Tensor]:
-    """`metric^(1/2)` of every head and its inverse, float64 `[G, D, D]` each."""
-    roots, inverses = [], []
+def _metric_roots(metric: Tensor, regularization: float) -> Tensor:
+    """`metric^(1/2)` of every head, float64 `[G, D, D]`."""
     # One floor for the whole group: a head that hardly matters must not be whitened up.
     floor = metric.diagonal(dim1=-2, dim2=-1).mean() * regularization
-    for head in metric:
-        value, vector = torch.linalg.eigh((head + head.T) / 2)
-        value = (value.clamp_min(0) + floor.clamp_min(1e-30)).sqrt()
-        roots.append((vector * value) @ vector.T)
-        inverses.append((vector / value) @ vector.T)
-    return torch.stack(roots), torch.stack(inverses)
+    added = floor.clamp_min(1e-30) * torch.eye(metric.shape[-1], dtype=metric.dtype)
+    return torch.stack([_root(head + added) for head in metric])
+
+
+def _root(metric: Tensor) -> Tensor:
+    value, vector = torch.linalg.eigh((metric + metric.T) / 2)
+    smallest = value[-1].abs() * 1e-12  # rounding only: a floor was added
+    return (vector * value.clamp_min(smallest).sqrt()) @ vector.T

@@ -1,7 +1,8 @@
 """Codecs measured on recorded prompts: divergence, agreement, accuracy, bytes."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,9 @@ class Simulator:
         items: what to measure on.
         max_tokens: leave out items beyond this many tokens; the first prompt always counts.
 
+    Attributes:
+        model: vLLM's.
+
     Raises:
         UnsupportedModelError: the replay does not give what the engine gave.
         CalibrationDataError: an item that the engine refuses.
@@ -113,7 +117,7 @@ class Simulator:
         self.shape = shape
         self.items = items
         self._config: Any = llm.llm_engine.vllm_config
-        (self._model,) = llm.apply_model(lambda model: model)
+        (self.model,) = llm.apply_model(lambda model: model)
         self.recorded = record(llm, items, max_tokens)
         self.device = self.recorded[0].positions.device
         self._layers = {name: i for i, name in enumerate(shape.layer_names)}
@@ -173,38 +177,52 @@ class Simulator:
         if batch:
             yield batch
 
+    def scored_hidden(self, prompt: Recorded, codec: SimulatedCodec) -> Tensor:
+        """The hidden states `[n, hidden]` that predict the prompt's scored tokens."""
+        (hidden,) = self._run([prompt], codec, None)
+        return _scored(prompt, hidden).clone()
+
+    @contextmanager
+    def differentiated(self, prompt: Recorded, codec: SimulatedCodec) -> Iterator[Tensor]:
+        """The same with what autograd needs, for backwards in the context."""
+        tokens = tokens_of([prompt])
+        step = SimulatedStep(tokens, codec, self._layers)
+        with torch.enable_grad(), replay_context(self._config, step, prompt.length, infer=False):
+            # what was recorded in inference mode cannot be part of a graph: copies can
+            yield _scored(prompt, self._forward([prompt], torch.clone))
+
     def _hidden(self, codec: SimulatedCodec) -> list[Tensor]:
-        """Of each prompt the hidden states `[n, hidden]` that predict its scored tokens."""
+        """`scored_hidden` of every prompt."""
         result = []
         for batch in self.batches():
             for prompt, hidden in zip(batch, self._run(batch, codec, None), strict=True):
-                first = prompt.length - len(prompt.targets) - 1
-                result.append(hidden[first : prompt.length - 1].clone())
+                result.append(_scored(prompt, hidden).clone())
         return result
 
     def _run(
         self, batch: Sequence[Recorded], codec: SimulatedCodec, observer: Observer | None
     ) -> list[Tensor]:
-        lengths = [prompt.length for prompt in batch]
-        tokens = Tokens(
-            lengths,
-            torch.cat([prompt.visual for prompt in batch]),
-            torch.cat([prompt.temporal_positions for prompt in batch]),
-        )
+        tokens = tokens_of(batch)
         step = SimulatedStep(tokens, codec, self._layers, observer)
+        with replay_context(self._config, step, sum(tokens.lengths)):
+            return list(self._forward(batch).split(list(tokens.lengths)))
+
+    def _forward(
+        self, batch: Sequence[Recorded], given: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> Tensor:
         inputs = {
             name: _joined([getattr(prompt, name) for prompt in batch], dim)
             for name, dim in (("input_ids", 0), ("inputs_embeds", 0), ("positions", -1))
         }
-        with replay_context(self._config, step, sum(lengths)):
-            hidden = self._model(**inputs, intermediate_tensors=None)
-        return list(hidden.split(lengths))
+        inputs = {name: None if x is None else given(x) for name, x in inputs.items()}
+        hidden: Tensor = self.model(**inputs, intermediate_tensors=None)
+        return hidden
 
     def target_logprobs(self, codec: SimulatedCodec) -> list[np.ndarray]:
         """Of each recorded prompt the log-probabilities `[n]` of its scored tokens."""
         result = []
         for prompt, hidden in zip(self.recorded, self._hidden(codec), strict=True):
-            logprobs = _log_probabilities(self._model, hidden).double().cpu()
+            logprobs = _log_probabilities(self.model, hidden).double().cpu()
             result.append(logprobs.gather(1, prompt.targets[:, None])[:, 0].numpy())
         return result
 
@@ -216,7 +234,7 @@ class Simulator:
         dense, read = torch.cat(self._dense), torch.cat(list(hidden))
         for start in range(0, len(targets), _LOGIT_ROWS):
             rows = slice(start, start + _LOGIT_ROWS)
-            p, q = (_log_probabilities(self._model, x[rows]) for x in (dense, read))
+            p, q = (_log_probabilities(self.model, x[rows]) for x in (dense, read))
             kl = (p.exp() * (p - q)).sum(-1).clamp_min(0)
             top = q.argmax(-1)
             owner = owners[rows]
@@ -230,8 +248,7 @@ class Simulator:
     def _check_replay(self) -> None:
         """Raises unless replaying densely gives what the engine's own attention gave."""
         for prompt, replayed in zip(self.recorded, self._dense, strict=True):
-            first = prompt.length - len(prompt.targets) - 1
-            expected = prompt.hidden[first : prompt.length - 1].float()
+            expected = _scored(prompt, prompt.hidden).float()
             error = (replayed.float() - expected).norm() / expected.norm().clamp_min(1e-30)
             if not error <= _REPLAY_TOLERANCE:
                 raise UnsupportedModelError(
@@ -251,6 +268,20 @@ def grouped(
             if value := item.extra.get(key):
                 groups[f"{key}={value}"].append(i)
     return dict(groups)
+
+
+def tokens_of(batch: Sequence[Recorded]) -> Tokens:
+    """What codecs are told of the tokens of a step."""
+    return Tokens(
+        [prompt.length for prompt in batch],
+        torch.cat([prompt.visual for prompt in batch]),
+        torch.cat([prompt.temporal_positions for prompt in batch]),
+    )
+
+
+def _scored(prompt: Recorded, hidden: Tensor) -> Tensor:
+    """Of hidden states `[T, hidden]` those that predict scored tokens."""
+    return hidden[prompt.length - len(prompt.targets) - 1 : prompt.length - 1]
 
 
 def _joined(parts: Sequence[Tensor | None], dim: int) -> Tensor | None:

@@ -141,13 +141,18 @@ class _Tape:
 
 
 @contextmanager
-def replay_context(vllm_config: Any, metadata: Any, tokens: int) -> Iterator[None]:
-    """The forward context of a replayed step; nothing is written to the engine's cache."""
+def replay_context(
+    vllm_config: Any, metadata: Any, tokens: int, infer: bool = True
+) -> Iterator[None]:
+    """The forward context of a replayed step; nothing is written to the engine's cache.
+
+    Not in inference mode unless `infer`.
+    """
     from vllm.config import set_current_vllm_config
     from vllm.forward_context import set_forward_context
 
     with (
-        torch.inference_mode(),
+        torch.inference_mode(infer),
         set_current_vllm_config(vllm_config),
         set_forward_context(metadata, vllm_config, num_tokens=tokens, slot_mapping={}),
     ):

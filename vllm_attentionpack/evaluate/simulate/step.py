@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from vllm_attentionpack.evaluate.simulate.codec import ExactTokens, SimulatedCodec, Tokens
 
@@ -92,30 +93,48 @@ def _attend_mixed(
     sliding_window: int | None,
 ) -> Tensor:
     """Causal attention to exact tokens where `which` says so and to read ones elsewhere."""
-    length, heads, size = query.shape
+    length, heads, _ = query.shape
     kv_heads = read[0].shape[1]
     grouped = query.unflatten(1, (kv_heads, heads // kv_heads)) * scale
-    positions = torch.arange(length, device=query.device)
     rows = max(1, _LOGIT_BYTES // (4 * heads * length))
-    out = torch.empty_like(query)
+    blocks = []
     for start in range(0, length, rows):
         stop = min(start + rows, length)
-        block = grouped[start:stop]
-        mask = which.mask(positions[start:stop], positions[:stop])
-        distance = positions[start:stop, None] - positions[None, :stop]
-        seen = distance >= 0
-        if sliding_window is not None:
-            seen &= distance < sliding_window
-        logits = torch.where(
-            mask,
-            torch.einsum("qhgd,nhd->hgqn", block, exact[0][:stop]),
-            torch.einsum("qhgd,nhd->hgqn", block, read[0][:stop]),
-        )
-        weights = logits.masked_fill(~seen, float("-inf")).softmax(-1)
-        result = torch.einsum("hgqn,nhd->qhgd", weights * mask, exact[1][:stop])
-        result += torch.einsum("hgqn,nhd->qhgd", weights * ~mask, read[1][:stop])
-        out[start:stop] = result.reshape(stop - start, heads, size)
-    return out
+        seen = [x[:stop] for x in (*read, *exact)]
+        given = grouped[start:stop], *seen, which, sliding_window
+        if torch.is_grad_enabled():  # or every block's logits are kept
+            blocks.append(checkpoint(_attend_block, *given, use_reentrant=False))
+        else:
+            blocks.append(_attend_block(*given))
+    return torch.cat(blocks)
+
+
+def _attend_block(
+    query: Tensor,
+    read_key: Tensor,
+    read_value: Tensor,
+    exact_key: Tensor,
+    exact_value: Tensor,
+    which: ExactTokens,
+    sliding_window: int | None,
+) -> Tensor:
+    """The last `q` queries `[q, Hk, Hq / Hk, D]` of `n` tokens; `[q, Hq, D]`."""
+    positions = torch.arange(len(read_key), device=query.device)
+    own = positions[-len(query) :]
+    mask = which.mask(own, positions)
+    distance = own[:, None] - positions[None]
+    seen = distance >= 0
+    if sliding_window is not None:
+        seen &= distance < sliding_window
+    logits = torch.where(
+        mask,
+        torch.einsum("qhgd,nhd->hgqn", query, exact_key),
+        torch.einsum("qhgd,nhd->hgqn", query, read_key),
+    )
+    weights = logits.masked_fill(~seen, float("-inf")).softmax(-1)
+    result = torch.einsum("hgqn,nhd->qhgd", weights * mask, exact_value)
+    result = result + torch.einsum("hgqn,nhd->qhgd", weights * ~mask, read_value)
+    return result.flatten(1, 2)
 
 
 def _attend_partial(

@@ -1,0 +1,276 @@
+"""What errors in keys and values cost: Fisher information, by gradients of the model's answers.
+
+To second order the divergence of the answers is a quadratic form of the errors in what is cached,
+
+    KL(p || p') = 1/2 sum over scored tokens of dᵀ (diag(p) - p pᵀ) d + ...,   d = sum_t Jₜ eₜ
+
+with `Jₜ` the derivative of a scored token's logits by the keys and values of token `t`. Errors of
+different tokens are taken as independent of each other (codes are), so each costs `eₜᵀ Fₜ eₜ`,
+`Fₜ = 1/2 sum Jₜᵀ (diag(p) - p pᵀ) Jₜ`; averaged over the tokens of a modality, that is the metric
+of its basis. FWSVD (Hsu et al., ICLR 2022) weights rows of weights so; here it is the directions of
+keys and values, with what heads, and keys and values, have in common.
+
+`diag(p) - p pᵀ` is the covariance of `v = (diag(√p) - p √pᵀ) z` for standard normal `z`. So the
+gradient `g = sum over scored tokens Jₜᵀ v`, one backward for all tokens and layers, has the second
+moment `E[g gᵀ] = 2 Fₜ`, and its products are summed like those of keys and values. Answers that are
+nearly certain are seen, too, which gradients of sampled answers would miss.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vllm_attentionpack.calibrate.metrics import FisherMetrics
+from vllm_attentionpack.calibrate.moments import LayerMoments, MomentAccumulator
+from vllm_attentionpack.codec.layout import units_of
+from vllm_attentionpack.codec.positions import Anchors, Rotary
+from vllm_attentionpack.codec.transform import lean_on_all
+from vllm_attentionpack.compat.autograd import plain_operators, recomputed_layers
+from vllm_attentionpack.errors import UnsupportedModelError
+from vllm_attentionpack.evaluate.simulate.codec import CacheShape, DenseCodec, ExactTokens, Tokens
+from vllm_attentionpack.evaluate.simulate.measure import Simulator, tokens_of
+from vllm_attentionpack.evaluate.simulate.recording import Recorded
+
+#: Draws of `z` for each prompt. Half of them price errors where the token stands, half wherever in
+#: a span it could: contexts that are served are longer than those of calibration, and those of
+#: calibration are not stood in for by an average alone (docs/log.md).
+_DRAWS = 8
+#: Rows of logits that are drawn for at once.
+_LOGIT_ROWS = 512
+#: Tokens times layers of a prompt from which on layers are computed again on the way back: what a
+#: layer keeps of a token is 0.2 MB in an 8B model.
+_RECOMPUTED = 8192
+#: Largest relative difference of a derivative and a difference of hidden states, and the size of
+#: the step relative to keys and values: bfloat16 stays below, a part without derivative does not.
+_TOLERANCE, _STEP = 0.25, 0.02
+
+
+class _Shifted(DenseCodec):
+    """The dense cache plus an error in every key and value, zero where none is given."""
+
+    def __init__(
+        self, shape: CacheShape, exact: ExactTokens, errors: "dict[int, list[Tensor]] | None" = None
+    ) -> None:
+        super().__init__(shape)
+        self.exact = exact
+        self.errors = {} if errors is None else errors
+        #: Of each layer the root mean squares of keys and of values.
+        self.sizes: dict[int, list[float]] = {}
+
+    def reconstruct(
+        self, layer: int, key: Tensor, value: Tensor, tokens: Tokens
+    ) -> tuple[Tensor, Tensor]:
+        if layer not in self.errors:
+            self.errors[layer] = [torch.zeros_like(x, requires_grad=True) for x in (key, value)]
+            self.sizes[layer] = [float(x.detach().square().mean().sqrt()) for x in (key, value)]
+        of_key, of_value = self.errors[layer]
+        return key + of_key, value + of_value
+
+
+@dataclass(frozen=True)
+class TurnedLayer:
+    """How the keys of a layer are turned.
+
+    Attributes:
+        rotary: by the model; None for not at all.
+        anchors: back, before they are coded.
+        num_positions: that keys are coded at (`MomentAccumulator.finalize`).
+    """
+
+    rotary: Rotary | None
+    anchors: Anchors | None
+    num_positions: int
+
+    def as_coded(self, key: Tensor, tokens: Tokens, drawn: torch.Generator | None) -> Tensor:
+        """What belongs to keys `[T, Hk, D]` as it is where they are coded.
+
+        Args:
+            key: gradients turn like keys, since turns are orthogonal.
+            tokens: of one prompt.
+            drawn: gives each token a place of a span; None leaves it where it is.
+        """
+        if self.rotary is None:
+            return key
+        drift, places, offsets = self.rotary, self.num_positions, tokens.positions
+        if self.anchors is not None:
+            drift, places = self.anchors.drift, min(self.anchors.span, places)
+            offsets = tokens.positions - tokens.anchors(self.anchors.span)
+        if drawn is not None:
+            offsets = torch.randint(
+                places, offsets.shape, generator=drawn, device=drawn.device, dtype=offsets.dtype
+            )
+        return drift.turn(self.rotary.turn(key, -tokens.positions), offsets)
+
+
+@dataclass
+class FisherGatherer:
+    """Gathers the metrics of all layers over the prompts of a simulator.
+
+    Attributes:
+        simulator: on calibration prompts.
+        layers: how keys turn, in the order of the model.
+        exact: tokens without errors.
+        heads_per_group: `G`.
+        joint_kv: whether keys and values are coded together.
+    """
+
+    simulator: Simulator
+    layers: Sequence[TurnedLayer]
+    exact: ExactTokens
+    heads_per_group: int
+    joint_kv: bool
+    seed: int = 0
+    _sums: list[MomentAccumulator] = field(default_factory=list)
+
+    def gather(self, progress: Callable[[float], None]) -> None:
+        """Goes through all prompts.
+
+        Raises:
+            UnsupportedModelError: some part of the model has no derivative, or there is no room.
+        """
+        shape, device = self.simulator.shape, self.simulator.device
+        self._sums = [
+            MomentAccumulator(
+                0, shape.num_kv_heads, shape.head_size, self.heads_per_group, None, self.joint_kv
+            )
+            for _ in self.layers
+        ]
+        drawn = torch.Generator(device).manual_seed(self.seed)
+        prompts = self.simulator.recorded
+        scored = Counter[int]()
+        for prompt in prompts:
+            scored[prompt.owner] += len(prompt.targets)
+        try:
+            with plain_operators(self.simulator.model):
+                self._check_derivative(max(prompts, key=lambda prompt: prompt.length), drawn)
+                for done, prompt in enumerate(prompts, start=1):
+                    # the mean over items of what each loses per token, half of it
+                    weight = self.simulator.tokens / (2 * len(scored) * scored[prompt.owner])
+                    self._add(prompt, weight, drawn)
+                    progress(done / len(prompts))
+        except torch.OutOfMemoryError as error:
+            raise UnsupportedModelError(
+                f"there is no room for gradients ({str(error).splitlines()[0]}). Lower "
+                "--gpu-memory-utilization, give shorter items, or set 'sensitivity: measured' in "
+                "the --config file."
+            ) from error
+
+    def metrics(self, num_modalities: int) -> Iterator[FisherMetrics]:
+        """Of one layer after the other; each gives up its sums."""
+        while self._sums:
+            sums = self._sums.pop(0)
+            seen = int((sums.count > 0).sum())
+            moments = sums.finalize(1, min(seen, num_modalities))
+            yield FisherMetrics(
+                {
+                    kinds: _of_groups(moments, kinds, num_modalities)
+                    for kinds in units_of(self.joint_kv)
+                }
+            )
+
+    def _add(self, prompt: Recorded, weight: float, drawn: torch.Generator) -> None:
+        tokens = tokens_of([prompt])
+        draws = list(self._gradients(prompt, drawn))
+        visual = prompt.visual.repeat(_DRAWS)
+        for i, (layer, sums) in enumerate(zip(self.layers, self._sums, strict=True)):
+            keys = [
+                layer.as_coded(gradients[i][0], tokens, drawn if draw % 2 else None)
+                for draw, gradients in enumerate(draws)
+            ]
+            key = torch.cat(keys) * weight**0.5
+            value = torch.cat([gradients[i][1] for gradients in draws]) * weight**0.5
+            sums.add(key[:, :0], key, value, None, visual)
+
+    def _gradients(
+        self, prompt: Recorded, drawn: torch.Generator
+    ) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Of every draw the `g` of all layers' keys and values, `[T, Hk, D]` each."""
+        codec = _Shifted(self.simulator.shape, self.exact)
+        with self._differentiated(prompt, codec) as hidden:
+            errors = [error for i in sorted(codec.errors) for error in codec.errors[i]]
+            for left in reversed(range(_DRAWS)):
+                v = self._drawn(hidden.detach(), drawn)
+                found = _backward(hidden, errors, v, retain_graph=left > 0)
+                yield list(zip(found[::2], found[1::2], strict=True))
+
+    @contextmanager
+    def _differentiated(self, prompt: Recorded, codec: _Shifted) -> Iterator[Tensor]:
+        simulator = self.simulator
+        long = prompt.length * len(self.layers) > _RECOMPUTED
+        with (
+            recomputed_layers(simulator.model) if long else nullcontext(),
+            simulator.differentiated(prompt, codec) as hidden,
+        ):
+            yield hidden
+
+    def _drawn(self, hidden: Tensor, drawn: torch.Generator) -> Tensor:
+        """`sum Jᵀ v` by the hidden states `[n, hidden]` that predict the scored tokens."""
+        parts = []
+        for rows in hidden.split(_LOGIT_ROWS):
+            rows = rows.clone().requires_grad_()
+            logits = self.simulator.model.compute_logits(rows).float()
+            p = logits.detach().softmax(-1)
+            z = torch.randn(p.shape, generator=drawn, device=p.device) * p.sqrt()
+            v = z - p * z.sum(-1, keepdim=True)
+            parts += _backward(logits, [rows], v)
+        return torch.cat(parts)
+
+    def _check_derivative(self, prompt: Recorded, drawn: torch.Generator) -> None:
+        """Compares the derivative along a random error with the difference that it makes."""
+        codec = _Shifted(self.simulator.shape, self.exact)
+        with self._differentiated(prompt, codec) as hidden:
+            step = {
+                i: [
+                    torch.randn(e.shape, generator=drawn, device=e.device) * _STEP * size
+                    for e, size in zip(errors, codec.sizes[i], strict=True)
+                ]
+                for i, errors in codec.errors.items()
+            }
+            ends = []
+            for sign in (1, -1):
+                errors = {i: [sign * e for e in of_layer] for i, of_layer in step.items()}
+                shifted = _Shifted(self.simulator.shape, self.exact, errors)
+                ends.append(self.simulator.scored_hidden(prompt, shifted).float())
+            difference = ends[0] - ends[1]
+            leaves = [error for i in sorted(codec.errors) for error in codec.errors[i]]
+            found = _backward(hidden, leaves, difference.to(hidden.dtype))
+        along = [e for i in sorted(step) for e in step[i]]
+        derived = sum(float((2 * e * g).sum()) for e, g in zip(along, found, strict=True))
+        expected = float(difference.square().sum())
+        off = abs(derived - expected) / max(expected, 1e-30)
+        if not off <= _TOLERANCE:
+            raise UnsupportedModelError(
+                f"the gradients of {type(self.simulator.model).__name__} are {off:.0%} off (at "
+                f"most {_TOLERANCE:.0%} is rounding): some operator of it has no derivative. Set "
+                "'sensitivity: measured' in the --config file."
+            )
+
+
+def _backward(
+    output: Tensor, inputs: Sequence[Tensor], v: Tensor, retain_graph: bool = False
+) -> list[Tensor]:
+    """`Jᵀ v` for every input.
+
+    Raises:
+        UnsupportedModelError: the output does not depend on them as far as autograd knows.
+    """
+    try:
+        return list(torch.autograd.grad(output, inputs, v, retain_graph=retain_graph))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UnsupportedModelError(
+            f"the model has no gradients ({str(error).splitlines()[0]}). Set 'sensitivity: "
+            "measured' in the --config file."
+        ) from error
+
+
+def _of_groups(moments: LayerMoments, kinds: tuple[str, ...], num_modalities: int) -> Tensor:
+    found = moments.joint_kv or getattr(moments, kinds[0])
+    share = moments.count.double() / moments.count.sum()
+    groups = [lean_on_all(group, moments.count, share) for group in found.second.unbind(1)]
+    return torch.stack(groups, 1).expand(num_modalities, -1, -1, -1)
