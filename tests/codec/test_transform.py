@@ -8,7 +8,7 @@ from vllm_attentionpack.codec.codec import PlaneCodec
 from vllm_attentionpack.codec.layout import PlaneCounts
 from vllm_attentionpack.codec.positions import Rotary, average_over_positions
 from vllm_attentionpack.codec.quantize import step_and_distortion
-from vllm_attentionpack.codec.transform import principal_basis
+from vllm_attentionpack.codec.transform import fisher_basis, principal_basis
 
 TOKENS, DIMS = 4000, 64
 
@@ -101,6 +101,46 @@ def test_dearer_heads_lose_less():
     dear = plain.priced((1.0, 100.0)).errors(counts) / torch.tensor([1.0, 100.0])
     assert dear[1] < 0.5 * plain.errors(counts)[1]
     assert dear[0] > plain.errors(counts)[0]
+
+
+@pytest.mark.parametrize("kinds", [1, 2])
+def test_metrics_of_whole_groups_foretell_what_is_lost(kinds):
+    """By modality, with what heads have in common, and in either form of a joint basis."""
+    generator = torch.Generator().manual_seed(7)
+    data = torch.stack([gaussian(TOKENS, DIMS, decay, generator) for decay in (0.08, 0.2)])
+    metric = torch.stack([spd(DIMS, generator), 3 * spd(DIMS, generator)])
+    second, mean = moments(data)
+    count = torch.tensor([TOKENS, TOKENS])
+    basis = fisher_basis(second, mean, count, metric, kinds, 1e-9)
+    assert torch.allclose(
+        basis.encode @ basis.decode, torch.eye(DIMS, dtype=torch.float64), atol=1e-5
+    )
+    counts = PlaneCounts(n8=8, n4=16, n2=16)
+
+    def lost(basis):
+        codec = PlaneCodec(basis.truncate(counts), counts)
+        cost = []
+        for modality in range(2):
+            visual = torch.full((TOKENS,), bool(modality))
+            codes, scale = codec.encode(data[modality], visual)
+            error = codec.reconstruct(codes, scale, visual).double() - data[modality]
+            cost.append(torch.einsum("ti,ij,tj->t", error, metric[modality], error).mean().item())
+        return sum(cost) / 2
+
+    measured = lost(basis)
+    foretold = basis.errors(counts).sum().item()
+    assert 0.75 * foretold < measured < 1.25 * foretold
+    plain = torch.eye(DIMS // 2, dtype=torch.float64).expand(2, -1, -1)
+    assert measured < 0.9 * lost(principal_basis(second, mean, count, [plain], 1e-9))
+
+
+def test_a_metric_of_nothing_still_makes_a_basis():
+    """A layer whose keys no answer depends on."""
+    data = gaussian(TOKENS, DIMS, 0.08, torch.Generator().manual_seed(8))[None]
+    nothing = torch.zeros(1, DIMS, DIMS, dtype=torch.float64)
+    basis = fisher_basis(*moments(data), torch.tensor([TOKENS]), nothing, 1, 1e-2)
+    truncated = basis.truncate(PlaneCounts(n4=16, n2=16))
+    assert all(torch.isfinite(tensor).all() for tensor in truncated.tensors().values())
 
 
 def test_planted_low_rank_is_found():
