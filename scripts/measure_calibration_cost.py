@@ -2,8 +2,8 @@
 """Time and memory of calibrating an 8B-shaped model on synthetic activations; stored as JSON.
 
 Moments of all layers are gathered from random tokens, a few steps of which are enough to see the
-time of one; bases are made for a few layers and scaled. Minutes are of one processor core. The
-model's own forwards come on top: they are what serving the same tokens would take.
+time of one, and so are those of gradients. Bases are made for a few layers and scaled. Minutes are
+of one processor core. The model's own forwards and backwards come on top.
 """
 
 import argparse
@@ -18,12 +18,14 @@ from pathlib import Path
 import torch
 
 from vllm_attentionpack.calibrate.assemble import Assembler
-from vllm_attentionpack.calibrate.metrics import LayerStatistics
+from vllm_attentionpack.calibrate.gradients import DRAWS
+from vllm_attentionpack.calibrate.metrics import FisherMetrics, LayerStatistics
 from vllm_attentionpack.calibrate.moments import (
     MomentAccumulator,
     auto_group_dims,
     auto_group_size,
 )
+from vllm_attentionpack.calibrate.settings import CalibrateSettings
 from vllm_attentionpack.codec.positions import Rotary
 from vllm_attentionpack.report.machine import describe_machine
 
@@ -35,6 +37,7 @@ SHAPES = {
 }
 STEP_TOKENS = 2048
 CALIBRATION_TOKENS = 100_000
+GRADIENTS = DRAWS * CalibrateSettings.model_fields["sensitivity_tokens"].default
 BASIS_LAYERS = 1
 
 
@@ -59,12 +62,25 @@ def _measure(
             accumulator.add(query, key, value, positions, visual)
     per_token = (time.process_time() - start) / (steps * STEP_TOKENS)
     held = _resident() - before
+    shape = 0, kv_heads, size, group_size, None, joint_kv
+    gradients = [MomentAccumulator(*shape) for _ in range(layers)]
+    start = time.process_time()
+    for sums in gradients:
+        sums.add(key[:, :0], key, value, None, visual)
+    per_gradient = (time.process_time() - start) / STEP_TOKENS
+    both = _resident() - before
     gram = torch.eye(size, dtype=torch.float64).repeat(heads, 1, 1)
     start = time.process_time()
     Assembler(
         (
-            LayerStatistics(str(i), size**-0.5, accumulator.finalize(32768, 2), gram)
-            for i, accumulator in enumerate(moments[:BASIS_LAYERS])
+            LayerStatistics(
+                str(i),
+                size**-0.5,
+                moments[i].finalize(32768, 2),
+                gram,
+                fisher=FisherMetrics.of(gradients[i], 2, joint_kv),
+            )
+            for i in range(BASIS_LAYERS)
         ),
         group_size,
         1e-2,
@@ -73,7 +89,9 @@ def _measure(
     return {
         "heads_per_group": group_size,
         "moments_gb": held / 1e9,
+        "gradients_gb": (both - held) / 1e9,
         "gathering_minutes": per_token * CALIBRATION_TOKENS / 60,
+        "gradients_minutes": per_gradient * GRADIENTS / 60,
         "bases_minutes": bases * layers / 60,
     }
 

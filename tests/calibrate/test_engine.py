@@ -13,6 +13,12 @@ from vllm_attentionpack.calibrate import run
 from vllm_attentionpack.calibrate.run import calibrate
 from vllm_attentionpack.calibrate.settings import DEFAULT_ANCHOR_SPAN
 from vllm_attentionpack.errors import BudgetError, CalibrationDataError, ConfigError
+from vllm_attentionpack.evaluate.simulate.codec import (
+    CacheShape,
+    ExactTokens,
+    TokenCodec,
+    Tokens,
+)
 from vllm_attentionpack.packfile import load_pack
 from vllm_attentionpack.packfile.schema import RotaryHeader
 
@@ -160,6 +166,66 @@ def test_statistics_are_what_the_model_computes(llama: Path, texts: Path) -> Non
         torch.testing.assert_close(layer.moments.query, second, rtol=1e-3, atol=1e-2)
         rows = expected["o"].T.view(HEADS, D, -1)
         torch.testing.assert_close(layer.gram, rows @ rows.mT, rtol=1e-4, atol=1e-4)
+
+
+class Noisy(TokenCodec):
+    """White noise in every key and value, so large relative to them."""
+
+    def __init__(self, shape: CacheShape, size: float) -> None:
+        super().__init__(shape, 1)
+        self.size = size
+        self.drawn = torch.Generator().manual_seed(0)
+        self.variance: dict[tuple[int, str], float] = {}
+
+    def reconstruct(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, tokens: Tokens
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        read = []
+        for kind, x in (("key", key), ("value", value)):
+            scale = self.size * float(x.square().mean().sqrt())
+            self.variance[layer, kind] = scale**2
+            read.append(x + scale * torch.randn(x.shape, generator=self.drawn))
+        return read[0], read[1]
+
+
+def test_gradients_foretell_what_noise_costs(llama: Path, texts: Path) -> None:
+    """Through rotary embeddings, norms, projections and attention; nothing of it stays changed."""
+    from vllm_attentionpack.calibrate.collector import Collector
+    from vllm_attentionpack.calibrate.engine import feed, statistics_engine
+    from vllm_attentionpack.calibrate.gradients import FisherGatherer
+    from vllm_attentionpack.evaluate.data import read_dataset
+    from vllm_attentionpack.evaluate.simulate.measure import Simulator
+
+    items = read_dataset(texts).items
+    with statistics_engine(str(llama), 0, {"dtype": "float32"}) as llm:
+        (model,) = llm.apply_model(lambda model: model)
+        before = {name: set(vars(module)) for name, module in model.named_modules()}
+        methods = {
+            name: vars(module).get("_forward_method") for name, module in model.named_modules()
+        }
+        (collector,) = llm.apply_model(lambda model: Collector.install(model, KV_HEADS))
+        feed(llm, read_dataset(texts), lambda: collector.tokens, None, 0, lambda *_: None)
+        collector.remove()
+        names = tuple(recorder.layer.layer_name for recorder in collector.recorders)
+        shape = CacheShape(names, HEADS, KV_HEADS, D)
+        simulator = Simulator(llm, shape, items)
+        gatherer = FisherGatherer(
+            simulator, collector.turned(64, 16, None), ExactTokens(), KV_HEADS, False
+        )
+        gatherer.gather(lambda fraction: None)
+        metrics = list(gatherer.metrics(1))
+        codec = Noisy(shape, 0.01)
+        measured = sum(simulator.measure(codec).mean_kl() for _ in range(8)) / 8
+        for name, module in model.named_modules():
+            assert set(vars(module)) == before[name]
+            assert vars(module).get("_forward_method") == methods[name]
+    foretold = sum(
+        codec.variance[i, kinds[0]] * float(metric[0, 0].trace())
+        for i, layer in enumerate(metrics)
+        for kinds, metric in layer.metric.items()
+    )
+    assert measured > 0
+    assert foretold == pytest.approx(measured, rel=0.25)
 
 
 def test_what_only_the_model_can_tell_is_refused_before_the_work(

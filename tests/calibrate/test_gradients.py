@@ -99,7 +99,7 @@ def test_metrics_are_the_fisher_information(
     monkeypatch: pytest.MonkeyPatch, joint_kv: bool
 ) -> None:
     """Here every token of a prompt is worth the same; prompts count alike, whatever they score."""
-    monkeypatch.setattr(gradients, "_DRAWS", 4000)
+    monkeypatch.setattr(gradients, "DRAWS", 4000)
     prompts = [prompt(3, [False] * 3 + [True] * 2, 3), prompt(7, [False] * 4, 3)]
     toy = Toy(prompts, 3)
     first, second = (closed_form(toy, one) for one in prompts)

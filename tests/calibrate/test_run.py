@@ -2,12 +2,18 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from vllm_attentionpack.calibrate import run
-from vllm_attentionpack.errors import AttentionPackError, CalibrationDataError, PackFileError
+from vllm_attentionpack.errors import (
+    AttentionPackError,
+    CalibrationDataError,
+    PackFileError,
+    UnsupportedModelError,
+)
 
 ASKED = {"messages": [{"role": "user", "content": "Hello"}]}
 
@@ -48,3 +54,27 @@ def test_what_is_wrong_is_said_before_the_work(
 def test_answers_are_not_needed_for_what_is_not_measured(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="an engine was started"):
         run.calibrate("model", written(tmp_path, ASKED), 8, sensitivity="uniform")
+
+
+class Underivable:
+    """A gatherer whose model has no gradients."""
+
+    simulator = SimpleNamespace(tokens=5)
+
+    def gather(self, progress: Any) -> None:
+        raise UnsupportedModelError("the model has no gradients. Do something else.")
+
+
+def test_models_without_gradients_are_measured_and_said_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(run.logger, "warning", lambda text, *values: warnings.append(text % values))
+    gatherer: Any = Underivable()
+    assert run._gathered(gatherer, 2, may_lack=True) is None
+    assert warnings == [
+        "Sensitivity is measured part by part instead: the model has no gradients. Do something "
+        "else."
+    ]
+    with pytest.raises(UnsupportedModelError, match="has no gradients"):
+        run._gathered(gatherer, 2, may_lack=False)

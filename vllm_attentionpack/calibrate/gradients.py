@@ -25,10 +25,8 @@ import torch
 from torch import Tensor
 
 from vllm_attentionpack.calibrate.metrics import FisherMetrics
-from vllm_attentionpack.calibrate.moments import LayerMoments, MomentAccumulator
-from vllm_attentionpack.codec.layout import units_of
+from vllm_attentionpack.calibrate.moments import MomentAccumulator
 from vllm_attentionpack.codec.positions import Anchors, Rotary
-from vllm_attentionpack.codec.transform import lean_on_all
 from vllm_attentionpack.compat.autograd import plain_operators, recomputed_layers
 from vllm_attentionpack.errors import UnsupportedModelError
 from vllm_attentionpack.evaluate.simulate.codec import CacheShape, DenseCodec, ExactTokens, Tokens
@@ -38,7 +36,7 @@ from vllm_attentionpack.evaluate.simulate.recording import Recorded
 #: Draws of `z` for each prompt. Half of them price errors where the token stands, half wherever in
 #: a span it could: contexts that are served are longer than those of calibration, and those of
 #: calibration are not stood in for by an average alone (docs/log.md).
-_DRAWS = 8
+DRAWS = 8
 #: Rows of logits that are drawn for at once.
 _LOGIT_ROWS = 512
 #: Tokens times layers of a prompt from which on layers are computed again on the way back: what a
@@ -162,20 +160,12 @@ class FisherGatherer:
     def metrics(self, num_modalities: int) -> Iterator[FisherMetrics]:
         """Of one layer after the other; each gives up its sums."""
         while self._sums:
-            sums = self._sums.pop(0)
-            seen = int((sums.count > 0).sum())
-            moments = sums.finalize(1, min(seen, num_modalities))
-            yield FisherMetrics(
-                {
-                    kinds: _of_groups(moments, kinds, num_modalities)
-                    for kinds in units_of(self.joint_kv)
-                }
-            )
+            yield FisherMetrics.of(self._sums.pop(0), num_modalities, self.joint_kv)
 
     def _add(self, prompt: Recorded, weight: float, drawn: torch.Generator) -> None:
         tokens = tokens_of([prompt])
         draws = list(self._gradients(prompt, drawn))
-        visual = prompt.visual.repeat(_DRAWS)
+        visual = prompt.visual.repeat(DRAWS)
         for i, (layer, sums) in enumerate(zip(self.layers, self._sums, strict=True)):
             keys = [
                 layer.as_coded(gradients[i][0], tokens, drawn if draw % 2 else None)
@@ -192,7 +182,7 @@ class FisherGatherer:
         codec = _Shifted(self.simulator.shape, self.exact)
         with self._differentiated(prompt, codec) as hidden:
             errors = [error for i in sorted(codec.errors) for error in codec.errors[i]]
-            for left in reversed(range(_DRAWS)):
+            for left in reversed(range(DRAWS)):
                 v = self._drawn(hidden.detach(), drawn)
                 found = _backward(hidden, errors, v, retain_graph=left > 0)
                 yield list(zip(found[::2], found[1::2], strict=True))
@@ -273,10 +263,3 @@ def _backward(
             f"the model has no gradients ({str(error).splitlines()[0]}). Set 'sensitivity: "
             "measured' in the --config file."
         ) from error
-
-
-def _of_groups(moments: LayerMoments, kinds: tuple[str, ...], num_modalities: int) -> Tensor:
-    found = moments.joint_kv or getattr(moments, kinds[0])
-    share = moments.count.double() / moments.count.sum()
-    groups = [lean_on_all(group, moments.count, share) for group in found.second.unbind(1)]
-    return torch.stack(groups, 1).expand(num_modalities, -1, -1, -1)

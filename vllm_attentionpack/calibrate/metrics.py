@@ -28,10 +28,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_attentionpack.calibrate.moments import LayerMoments
+from vllm_attentionpack.calibrate.moments import LayerMoments, MomentAccumulator
 from vllm_attentionpack.codec.layout import Kind, units_of
 from vllm_attentionpack.codec.positions import Anchors
-from vllm_attentionpack.codec.transform import PrincipalBasis, fisher_basis, principal_basis
+from vllm_attentionpack.codec.transform import (
+    PrincipalBasis,
+    fisher_basis,
+    lean_on_all,
+    principal_basis,
+)
 
 #: Measured on the reference VLM (docs/log.md): flat between 0.1 and 0.3.
 KEY_PRICE = 0.15
@@ -56,6 +61,19 @@ class FisherMetrics:
     """
 
     metric: dict[tuple[Kind, ...], Tensor]
+
+    @classmethod
+    def of(cls, sums: MomentAccumulator, num_modalities: int, joint_kv: bool) -> "FisherMetrics":
+        """Of what was summed of gradients; a modality that none was seen of is priced like all."""
+        seen = int((sums.count > 0).sum())
+        moments = sums.finalize(1, min(seen, num_modalities))
+        share = moments.count.double() / moments.count.sum()
+        metric = {}
+        for kinds in units_of(joint_kv):
+            found = moments.joint_kv or getattr(moments, kinds[0])
+            groups = [lean_on_all(group, moments.count, share) for group in found.second.unbind(1)]
+            metric[kinds] = torch.stack(groups, 1).expand(num_modalities, -1, -1, -1)
+        return cls(metric)
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,8 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
     exact = ExactTokens(settings.sinks, settings.window)
     if settings.sensitivity != "uniform":
         items = _drawn(fitted, settings.seed)
-        simulator = Simulator(llm, shape, items, settings.sensitivity_tokens)
+        most = min(settings.sensitivity_tokens, settings.max_tokens or settings.sensitivity_tokens)
+        simulator = Simulator(llm, shape, items, most)
         simulator.check_codes_are_read(exact)
     form = max_context, settings.span, settings.pre_rope_turn if settings.pre_rope else None
     fisher = None

@@ -8,6 +8,7 @@ neither of our backends is selected, and step aside where the installed vLLM nee
     modality        which tokens of a step are visual
     rope_positions  rotary positions of a step's requests
     engine_args     the start-up check in the main process
+    autograd        gradients through a loaded model, while calibration asks for them
     pickling        a spawned process can read a configuration that selects our backends
     features        what the installed vLLM must offer
 """
