@@ -94,47 +94,40 @@ def _attend_mixed(
 ) -> Tensor:
     """Causal attention to exact tokens where `which` says so and to read ones elsewhere."""
     length, heads, _ = query.shape
-    kv_heads = read[0].shape[1]
-    grouped = query.unflatten(1, (kv_heads, heads // kv_heads)) * scale
+    repeats = heads // read[0].shape[1]
+    positions = torch.arange(length, device=query.device)
     rows = max(1, _LOGIT_BYTES // (4 * heads * length))
     blocks = []
     for start in range(0, length, rows):
         stop = min(start + rows, length)
-        seen = [x[:stop] for x in (*read, *exact)]
-        given = grouped[start:stop], *seen, which, sliding_window
-        if torch.is_grad_enabled():  # or every block's logits are kept
-            blocks.append(checkpoint(_attend_block, *given, use_reentrant=False))
+        own, seen = positions[start:stop], positions[:stop]
+        first_recent = max(start - which.recent + 1, 0)
+        kept = torch.cat([seen[: min(which.sinks, first_recent)], seen[first_recent:]])
+        # all tokens as they are read, then those that some query reads exactly
+        masks = []
+        for of, exactly in ((seen, False), (kept, True)):
+            distance = own[:, None] - of[None]
+            mask = (distance >= 0) & (which.mask(own, of) == exactly)
+            if sliding_window is not None:
+                mask &= distance < sliding_window
+            masks.append(mask)
+        key, value = (
+            torch.cat([x[:stop], y[kept]]).repeat_interleave(repeats, 1)
+            for x, y in zip(read, exact, strict=True)
+        )
+        given = query[start:stop], key, value, torch.cat(masks, 1), scale
+        if torch.is_grad_enabled():  # or every block's logits may be kept
+            blocks.append(checkpoint(_attend_masked, *given, use_reentrant=False))
         else:
-            blocks.append(_attend_block(*given))
+            blocks.append(_attend_masked(*given))
     return torch.cat(blocks)
 
 
-def _attend_block(
-    query: Tensor,
-    read_key: Tensor,
-    read_value: Tensor,
-    exact_key: Tensor,
-    exact_value: Tensor,
-    which: ExactTokens,
-    sliding_window: int | None,
-) -> Tensor:
-    """The last `q` queries `[q, Hk, Hq / Hk, D]` of `n` tokens; `[q, Hq, D]`."""
-    positions = torch.arange(len(read_key), device=query.device)
-    own = positions[-len(query) :]
-    mask = which.mask(own, positions)
-    distance = own[:, None] - positions[None]
-    seen = distance >= 0
-    if sliding_window is not None:
-        seen &= distance < sliding_window
-    logits = torch.where(
-        mask,
-        torch.einsum("qhgd,nhd->hgqn", query, exact_key),
-        torch.einsum("qhgd,nhd->hgqn", query, read_key),
-    )
-    weights = logits.masked_fill(~seen, float("-inf")).softmax(-1)
-    result = torch.einsum("hgqn,nhd->qhgd", weights * mask, exact_value)
-    result = result + torch.einsum("hgqn,nhd->qhgd", weights * ~mask, read_value)
-    return result.flatten(1, 2)
+def _attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """`[q, H, D]` queries to `[n, H, D]` keys where `mask` `[q, n]` says so."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out[0].transpose(0, 1)
 
 
 def _attend_partial(
