@@ -37,6 +37,9 @@ from vllm_attentionpack.evaluate.simulate.recording import Recorded
 #: a span it could: contexts that are served are longer than those of calibration, and those of
 #: calibration are not stood in for by an average alone (docs/log.md).
 DRAWS = 8
+#: Gradients of so many tokens are summed at once: a call for each draw of a short prompt is longer
+#: than its products, and all draws of a long one would not find room.
+_SUMMED_TOKENS = 1024
 #: Rows of logits that are drawn for at once.
 _LOGIT_ROWS = 512
 #: Tokens times layers of a prompt from which on layers are computed again on the way back: what a
@@ -164,16 +167,18 @@ class FisherGatherer:
 
     def _add(self, prompt: Recorded, weight: float, drawn: torch.Generator) -> None:
         tokens = tokens_of([prompt])
-        draws = list(self._gradients(prompt, drawn))
-        visual = prompt.visual.repeat(DRAWS)
-        for i, (layer, sums) in enumerate(zip(self.layers, self._sums, strict=True)):
-            keys = [
-                layer.as_coded(gradients[i][0], tokens, drawn if draw % 2 else None)
-                for draw, gradients in enumerate(draws)
-            ]
-            key = torch.cat(keys) * weight**0.5
-            value = torch.cat([gradients[i][1] for gradients in draws]) * weight**0.5
-            sums.add(key[:, :0], key, value, None, visual)
+        waiting: list[tuple[list[tuple[Tensor, Tensor]], torch.Generator | None]] = []
+        for draw, gradients in enumerate(self._gradients(prompt, drawn), start=1):
+            waiting.append((gradients, None if draw % 2 else drawn))
+            if draw < DRAWS and len(waiting) * prompt.length < _SUMMED_TOKENS:
+                continue
+            visual = prompt.visual.repeat(len(waiting))
+            for i, (layer, sums) in enumerate(zip(self.layers, self._sums, strict=True)):
+                keys = [layer.as_coded(found[i][0], tokens, place) for found, place in waiting]
+                key = torch.cat(keys) * weight**0.5
+                value = torch.cat([found[i][1] for found, _ in waiting]) * weight**0.5
+                sums.add(key[:, :0], key, value, None, visual)
+            waiting = []
 
     def _gradients(
         self, prompt: Recorded, drawn: torch.Generator
