@@ -25,7 +25,7 @@ from vllm_attentionpack.calibrate.moments import (
     auto_group_dims,
     auto_group_size,
 )
-from vllm_attentionpack.calibrate.settings import CalibrateSettings
+from vllm_attentionpack.calibrate.settings import SENSITIVITY_TOKENS
 from vllm_attentionpack.codec.positions import Rotary
 from vllm_attentionpack.report.machine import describe_machine
 
@@ -37,7 +37,7 @@ SHAPES = {
 }
 STEP_TOKENS = 2048
 CALIBRATION_TOKENS = 100_000
-GRADIENTS = DRAWS * CalibrateSettings.model_fields["sensitivity_tokens"].default
+GRADIENTS = DRAWS * SENSITIVITY_TOKENS
 BASIS_LAYERS = 1
 
 

@@ -13,10 +13,12 @@ import tempfile
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from calibration_study.options import simulation_parser, started
 from calibration_study.setting import drawn_items, store
 
+from vllm_attentionpack.calibrate.assemble import Assembler
 from vllm_attentionpack.calibrate.moments import auto_group_dims, auto_group_size
 from vllm_attentionpack.calibrate.settings import PRE_ROPE_ANCHOR_SPAN, PRE_ROPE_TURN
 from vllm_attentionpack.evaluate.baselines.catalogue import baselines
@@ -52,11 +54,13 @@ def main() -> int:
         table.keep = partial(  # a stopped run leaves the rows that it has
             store, options.out / f"{options.name}_codecs.json", setting, table, vars(options)
         )
-        fit = partial(
-            setting.assembler,
-            max_context=options.max_context,
-            gradients=options.sensitivity == "gradients",
-        )
+
+        def fit(group_size: int, beside: ExactTokens, **form: Any) -> Assembler:
+            priced = beside if options.sensitivity == "gradients" else None
+            return setting.assembler(
+                group_size, options.max_context, gradients_beside=priced, **form
+            )
+
         captured = capture(
             Simulator(setting.llm, setting.shape, setting.dataset.items, options.captured_tokens)
         )
@@ -69,7 +73,7 @@ def main() -> int:
         for group_size in options.group_sizes or setting.group_sizes:
             joint = group_size == max(setting.group_sizes)
             family = "ours" if joint else f"ours, {group_size} heads per group"
-            assembler = fit(group_size, none)
+            assembler = fit(group_size, beside=none)
             for ratio in options.ratios if joint else (4.0, 8.0):
                 fitted = setting.priced(assembler, ratio=ratio)
                 assembled = fitted.at(ratio)
@@ -77,7 +81,7 @@ def main() -> int:
                 table.add(family, f"{family} {ratio:g}x", codec, predicted=fitted.predicted)
             if not joint:
                 continue
-            assembler = fit(group_size, kept)
+            assembler = fit(group_size, beside=kept)
             for ratio in options.exact_ratios:
                 beside = setting.priced(assembler, exact=kept, ratio=ratio)
                 codec = PackCodec(setting.shape, beside.at(ratio).codecs(table.device), kept)
@@ -105,7 +109,7 @@ def main() -> int:
                 what = [exact] if beside else []
                 what += [*keys, "joint K/V"] if joint_kv else keys
                 named = ", ".join(what)
-                assembler = fit(group_size, beside, **form)
+                assembler = fit(group_size, beside=beside, **form)
                 for ratio in (4.0, 8.0, 16.0):
                     assembled = setting.priced(assembler, exact=beside, ratio=ratio).at(ratio)
                     codec = PackCodec(setting.shape, assembled.codecs(table.device), beside)

@@ -32,7 +32,7 @@ def main() -> int:
             exact = ExactTokens(DEFAULT_SINKS, window) if window else ExactTokens()
             if window not in assemblers:
                 assemblers[window] = setting.assembler(
-                    max(setting.group_sizes), exact, options.max_context, gradients=True
+                    max(setting.group_sizes), options.max_context, gradients_beside=exact
                 )
             assembler = assemblers[window]
             assembled = setting.priced(assembler, exact=exact, ratio=ratio).at(ratio)

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from calibration_study.setting import EXAMPLE, SENSITIVITY_TOKENS, Setting
+from calibration_study.setting import EXAMPLE, Setting
+from vllm_attentionpack.calibrate.settings import SENSITIVITY_TOKENS
 
 RESULTS = EXAMPLE.parents[1] / "docs" / "results"
 

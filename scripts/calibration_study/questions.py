@@ -251,11 +251,7 @@ def ideal(study: Study) -> None:
         study.add("ideal", f"ours {ratio:g}x", study.codec(study.base, ratio))
         study.add("ideal", f"ideal codes {ratio:g}x", study.ideal(study.base, ratio))
     assembler = study.setting.assembler(
-        study.group_size,
-        ExactTokens(),
-        study.max_context,
-        study.setting.modalities,
-        anchor_span=1,
+        study.group_size, study.max_context, study.setting.modalities, anchor_span=1
     )
     fitted = study.setting.priced(assembler)
     for ratio in (4.0, study.ratio):
@@ -294,7 +290,6 @@ def rotation(study: Study) -> None:
                 continue
             assembler = setting.assembler(
                 study.group_size,
-                kept,
                 study.max_context,
                 setting.modalities,
                 span,

@@ -21,7 +21,7 @@ from vllm_attentionpack.calibrate.layers import output_gram
 from vllm_attentionpack.calibrate.metrics import FisherMetrics, LayerStatistics
 from vllm_attentionpack.calibrate.moments import GroupMoments
 from vllm_attentionpack.calibrate.sensitivity import measure_sensitivity
-from vllm_attentionpack.calibrate.settings import DEFAULT_ANCHOR_SPAN
+from vllm_attentionpack.calibrate.settings import DEFAULT_ANCHOR_SPAN, SENSITIVITY_TOKENS
 from vllm_attentionpack.codec.layout import Kind
 from vllm_attentionpack.codec.transform import PrincipalBasis
 from vllm_attentionpack.evaluate.data import Dataset, Item, read_dataset
@@ -36,7 +36,6 @@ from vllm_attentionpack.evaluate.simulate.measure import Scores, Simulator, grou
 from vllm_attentionpack.report.machine import describe_machine
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "reference-vlm"
-SENSITIVITY_TOKENS = 32768
 REGULARIZATION = 1e-2
 
 MakeCodec = Callable[[Assembled], TokenCodec]
@@ -215,11 +214,11 @@ class Setting:
         anchor_span: int | None = None,
         pre_rope_turn: float | None = None,
         joint_kv: bool = False,
-        exact: ExactTokens | None = None,
+        gradients_beside: ExactTokens | None = None,
     ) -> list[LayerStatistics]:
         """What `attentionpack calibrate` would gather; `anchor_span` in place of the setting's.
 
-        With gradients beside `exact` tokens, unless that is None.
+        With gradients beside exact tokens, without any where that is None.
         """
         span = self.anchor_span if anchor_span is None else anchor_span
         whole = self.shape.num_kv_heads
@@ -244,9 +243,9 @@ class Setting:
                 self._collector = collector
         turned = collector.turned(max_context, span, pre_rope_turn)
         fisher: Iterator[FisherMetrics | None] = repeat(None)
-        if exact is not None:
+        if gradients_beside is not None:
             gatherer = FisherGatherer(
-                self.sensitivity_simulator, turned, exact, group_size, joint_kv
+                self.sensitivity_simulator, turned, gradients_beside, group_size, joint_kv
             )
             gatherer.gather(lambda _: None)
             fisher = gatherer.metrics(modalities)
@@ -279,20 +278,19 @@ class Setting:
 
     def fitted(self, group_size: int, max_context: int, modalities: int | None = None) -> Fitted:
         """As `attentionpack calibrate` would fit at 8x for a server that keeps no token exact."""
-        return self.priced(self.assembler(group_size, ExactTokens(), max_context, modalities))
+        return self.priced(self.assembler(group_size, max_context, modalities))
 
     def assembler(
         self,
         group_size: int,
-        exact: ExactTokens,
         max_context: int,
         modalities: int | None = None,
         anchor_span: int | None = None,
         pre_rope_turn: float | None = None,
         joint_kv: bool = False,
-        gradients: bool = False,
+        gradients_beside: ExactTokens | None = None,
     ) -> Assembler:
-        """Of statistics with `gradients` beside `exact` tokens, or without."""
+        """See `statistics`."""
         modalities = modalities or self.modalities
         statistics = self.statistics(
             group_size,
@@ -301,7 +299,7 @@ class Setting:
             anchor_span=anchor_span,
             pre_rope_turn=pre_rope_turn,
             joint_kv=joint_kv,
-            exact=exact if gradients else None,
+            gradients_beside=gradients_beside,
         )
         return Assembler(statistics, group_size, REGULARIZATION)
 

@@ -30,7 +30,7 @@ from vllm_attentionpack.codec.positions import Anchors, Rotary
 from vllm_attentionpack.compat.autograd import plain_operators, recomputed_layers
 from vllm_attentionpack.errors import UnsupportedModelError
 from vllm_attentionpack.evaluate.simulate.codec import CacheShape, DenseCodec, ExactTokens, Tokens
-from vllm_attentionpack.evaluate.simulate.measure import Simulator, tokens_of
+from vllm_attentionpack.evaluate.simulate.measure import LOGIT_ROWS, Simulator, tokens_of
 from vllm_attentionpack.evaluate.simulate.recording import Recorded
 
 #: Draws of `z` for each prompt. Half of them price errors where the token stands, half wherever in
@@ -40,8 +40,6 @@ DRAWS = 8
 #: Gradients of so many tokens are summed at once: a call for each draw of a short prompt is longer
 #: than its products, and all draws of a long one would not find room.
 _SUMMED_TOKENS = 1024
-#: Rows of logits that are drawn for at once.
-_LOGIT_ROWS = 512
 #: Tokens times layers of a prompt from which on layers are computed again on the way back: what a
 #: layer keeps of a token is 0.2 MB in an 8B model.
 _RECOMPUTED = 8192
@@ -117,6 +115,7 @@ class FisherGatherer:
         exact: tokens without errors.
         heads_per_group: `G`.
         joint_kv: whether keys and values are coded together.
+        seed: of all draws; the same one gives the same metrics on the same machine.
     """
 
     simulator: Simulator
@@ -205,7 +204,7 @@ class FisherGatherer:
     def _drawn(self, hidden: Tensor, drawn: torch.Generator) -> Tensor:
         """`sum Jᵀ v` by the hidden states `[n, hidden]` that predict the scored tokens."""
         parts = []
-        for rows in hidden.split(_LOGIT_ROWS):
+        for rows in hidden.split(LOGIT_ROWS):
             rows = rows.clone().requires_grad_()
             logits = self.simulator.model.compute_logits(rows).float()
             p = logits.detach().softmax(-1)

@@ -96,7 +96,7 @@ class LayerStatistics:
     moments: LayerMoments
     gram: Tensor
     anchors: Anchors | None = None
-    fisher: "FisherMetrics | None" = None
+    fisher: FisherMetrics | None = None
 
     @property
     def head_size(self) -> int:

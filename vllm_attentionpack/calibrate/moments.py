@@ -115,7 +115,7 @@ class MomentAccumulator:
     """Sums the moments of one layer over calls.
 
     Args:
-        num_query_heads: `Hq`.
+        num_query_heads: `Hq`; 0 where queries do not matter.
         num_kv_heads: `Hk`.
         head_size: `D`.
         heads_per_group: `G`, a divisor of `Hk`.

@@ -167,21 +167,20 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
         most = min(settings.sensitivity_tokens, settings.max_tokens or settings.sensitivity_tokens)
         simulator = Simulator(llm, shape, items, most)
         simulator.check_codes_are_read(exact)
-    form = max_context, settings.span, settings.pre_rope_turn if settings.pre_rope else None
+    form = settings.span, settings.pre_rope_turn if settings.pre_rope else None
     fisher = None
     if simulator is not None and settings.sensitivity != "measured":
         gatherer = FisherGatherer(
             simulator,
-            collector.turned(*form),
+            collector.turned(max_context, *form),
             exact,
             collector.heads_per_group,
             settings.joint_kv,
             settings.seed,
         )
         fisher = _gathered(gatherer, modalities, settings.sensitivity == "auto")
-    max_context, span, turn = form
     assembler = Assembler(
-        collector.statistics(max_context, modalities, llm.model_config.dtype, span, turn, fisher),
+        collector.statistics(max_context, modalities, llm.model_config.dtype, *form, fisher),
         collector.heads_per_group,
         settings.regularization,
     )
@@ -216,8 +215,8 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
             window=settings.window,
             layers=assembled.headers,
         )
-        in_nats = simulator is not None  # priced, whichever way
-        return Candidate(Pack(header, assembled.packs), assembled.loss if in_nats else None)
+        priced = simulator is not None  # whichever way: the loss is in nats
+        return Candidate(Pack(header, assembled.packs), assembled.loss if priced else None)
 
     if not settings.validates:
         assert settings.ratio != "auto"

@@ -26,6 +26,8 @@ DEFAULT_ANCHOR_SPAN, PRE_ROPE_ANCHOR_SPAN = 1024, 64
 #: Radians. Likewise: of keys that are coded apart from values, a smaller bound takes more planes
 #: and hardly gains.
 PRE_ROPE_TURN = 8.0
+#: Likewise: text gains from as many as there are.
+SENSITIVITY_TOKENS = 32768
 
 
 class CalibrateSettings(BaseModel):
@@ -101,7 +103,7 @@ class CalibrateSettings(BaseModel):
     modalities: Literal["auto", 1, 2] = "auto"
     regularization: PositiveFloat = 1e-2
     sensitivity: Literal["auto", "gradients", "measured", "uniform"] = "auto"
-    sensitivity_tokens: PositiveInt = 32768
+    sensitivity_tokens: PositiveInt = SENSITIVITY_TOKENS
     layer_weights: tuple[PositiveFloat, ...] | None = None
     sinks: int = Field(default=DEFAULT_SINKS, ge=0)
     window: int = Field(default=DEFAULT_WINDOW, ge=0)

@@ -51,7 +51,9 @@ class PrincipalBasis:
     @property
     def decode(self) -> Tensor:
         """float64 `[M, GD, GD]`, the inverse of `encode`."""
-        inverse = torch.linalg.inv(self.root.double())
+        # One by one: batches fail in LAPACK on CPUs where several threads share them (torch 2.13).
+        inverses = [torch.linalg.inv(root) for root in self.root.double().flatten(0, 1)]
+        inverse = torch.stack(inverses).view_as(self.root)
         return self.vectors.double().mT @ _block_diagonal(inverse)
 
     @property

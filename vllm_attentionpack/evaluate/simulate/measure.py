@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 #: Tokens that are replayed at once; longer prompts run alone.
 _STEP_TOKENS = 8192
-#: Rows of logits that are compared at once.
-_LOGIT_ROWS = 512
+#: Rows of logits that are made at once.
+LOGIT_ROWS = 512
 #: Largest relative difference of replayed and recorded hidden states: rounding to bfloat16 through
 #: tens of layers stays well below it, a forgotten input does not.
 _REPLAY_TOLERANCE = 0.2
@@ -232,8 +232,8 @@ class Simulator:
         owners = np.concatenate([np.full(len(r.targets), r.owner) for r in self.recorded])
         targets = torch.cat([r.targets for r in self.recorded])
         dense, read = torch.cat(self._dense), torch.cat(list(hidden))
-        for start in range(0, len(targets), _LOGIT_ROWS):
-            rows = slice(start, start + _LOGIT_ROWS)
+        for start in range(0, len(targets), LOGIT_ROWS):
+            rows = slice(start, start + LOGIT_ROWS)
             p, q = (_log_probabilities(self.model, x[rows]) for x in (dense, read))
             kl = (p.exp() * (p - q)).sum(-1).clamp_min(0)
             top = q.argmax(-1)
