@@ -32,6 +32,22 @@ def test_full_rank_at_eight_bits_reconstructs_to_quantisation_error():
     assert error.item() < 2 * step_and_distortion(8)[1]
 
 
+def test_bases_of_either_modality_are_inverted_beside_other_threads():
+    """Two threads that share a batch of 256 dims had LAPACK refuse it (torch 2.13, oneMKL 2024.2)."""
+    generator = torch.Generator().manual_seed(4)
+    metric = torch.stack([spd(256, generator) for _ in range(2)])
+    second = torch.stack([spd(256, generator) for _ in range(2)])
+    mean, count = torch.zeros(2, 256, dtype=torch.float64), torch.tensor([30, 70])
+    basis = fisher_basis(second, mean, count, metric, 2, 1e-2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        turned = basis.encode @ basis.decode
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(turned, torch.eye(256).expand_as(turned).double())
+
+
 @pytest.mark.parametrize(
     "counts",
     [
