@@ -148,7 +148,7 @@ def test_statistics_are_what_the_model_computes(llama: Path, texts: Path) -> Non
         feed(llm, read_dataset(texts), lambda: collector.tokens, None, 0, lambda *_: None)
         tokens, visual_tokens = collector.tokens, collector.visual_tokens
         # averaged over one position only: as if keys had never been rotated
-        layers = list(collector.statistics(1, 1, torch.float32))
+        layers = list(collector.statistics(collector.turned(1), 1, torch.float32))
 
     assert len(layers) == LAYERS
     for i, (layer, expected) in enumerate(zip(layers, projections(llama), strict=True)):

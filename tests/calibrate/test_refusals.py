@@ -26,7 +26,8 @@ def test_activations_that_are_no_numbers_are_refused(broken: str, number: float)
     layer = SimpleNamespace(layer_name="layers.7.attn")
     recorder: Any = SimpleNamespace(layer=layer, moments=moments)
     with pytest.raises(CalibrationDataError, match=rf"'layers.7.attn' was given {broken} that"):
-        next(Collector([recorder], [], 1).statistics(64, 1, torch.float32))
+        collector = Collector([recorder], [], 1)
+        next(collector.statistics(collector.turned(64), 1, torch.float32))
 
 
 def test_fewer_tokens_than_dims_are_refused() -> None:

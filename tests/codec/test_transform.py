@@ -33,7 +33,7 @@ def test_full_rank_at_eight_bits_reconstructs_to_quantisation_error():
 
 
 def test_bases_of_either_modality_are_inverted_beside_other_threads():
-    """Two threads that share a batch of 256 dims had LAPACK refuse it (torch 2.13, oneMKL 2024.2)."""
+    """Two threads that share a batch of 256 dims had LAPACK refuse it (torch 2.13)."""
     generator = torch.Generator().manual_seed(4)
     metric = torch.stack([spd(256, generator) for _ in range(2)])
     second = torch.stack([spd(256, generator) for _ in range(2)])

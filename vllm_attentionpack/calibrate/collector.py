@@ -4,7 +4,7 @@ The order of accumulation is the order of the engine's steps; with the same prom
 order, the same engine settings and the same machine, sums are the same to the last bit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,42 +185,51 @@ class Collector:
 
     def statistics(
         self,
-        num_positions: int,
+        turned: Sequence[TurnedLayer],
         num_modalities: int,
         dtype: torch.dtype,
-        anchor_span: int = 0,
-        pre_rope_turn: float | None = None,
         fisher: "Iterator[FisherMetrics] | None" = None,
     ) -> Iterator[LayerStatistics]:
         """The statistics of one layer after the other; a recorder gives up its sums, for room.
 
         Args:
-            num_positions: see `MomentAccumulator.finalize`.
-            num_modalities: likewise.
+            turned: how keys are coded, see `turned`.
+            num_modalities: see `MomentAccumulator.finalize`.
             dtype: of the model.
-            anchor_span: see `MomentAccumulator.anchors`.
-            pre_rope_turn: likewise.
             fisher: metrics of every layer, where they were gathered.
 
         Raises:
-            UnsupportedModelError: a layer that never attended.
             CalibrationDataError: a layer that was given infinities or NaN.
         """
-        turned = self.turned(num_positions, anchor_span, pre_rope_turn)
-        for recorder, anchors in zip(self.recorders, [t.anchors for t in turned], strict=True):
+        for recorder, as_coded in zip(self.recorders, turned, strict=True):
             assert recorder.moments is not None
-            moments = recorder.moments.finalize(num_positions, num_modalities, anchors)
+            moments = recorder.moments.finalize(
+                as_coded.num_positions, num_modalities, as_coded.anchors
+            )
             recorder.moments = None
             _check_finite(recorder.layer.layer_name, moments)
-            gram = output_gram(recorder.site, dtype)
-            scale = recorder.layer.impl.scale
-            metrics = next(fisher) if fisher is not None else None
-            yield LayerStatistics(recorder.layer.layer_name, scale, moments, gram, anchors, metrics)
+            yield LayerStatistics(
+                recorder.layer.layer_name,
+                recorder.layer.impl.scale,
+                moments,
+                output_gram(recorder.site, dtype),
+                as_coded.anchors,
+                next(fisher) if fisher is not None else None,
+            )
 
     def turned(
-        self, num_positions: int, anchor_span: int, pre_rope_turn: float | None
+        self, num_positions: int, anchor_span: int = 0, pre_rope_turn: float | None = None
     ) -> list[TurnedLayer]:
-        """How keys turn in each layer; for the arguments and what is raised see `statistics`."""
+        """How keys turn in each layer.
+
+        Args:
+            num_positions: see `MomentAccumulator.finalize`.
+            anchor_span: see `MomentAccumulator.anchors`.
+            pre_rope_turn: likewise.
+
+        Raises:
+            UnsupportedModelError: a layer that never attended.
+        """
         result = []
         for recorder in self.recorders:
             if recorder.moments is None:

@@ -167,12 +167,14 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
         most = min(settings.sensitivity_tokens, settings.max_tokens or settings.sensitivity_tokens)
         simulator = Simulator(llm, shape, items, most)
         simulator.check_codes_are_read(exact)
-    form = settings.span, settings.pre_rope_turn if settings.pre_rope else None
+    turned = collector.turned(
+        max_context, settings.span, settings.pre_rope_turn if settings.pre_rope else None
+    )
     fisher = None
     if simulator is not None and settings.sensitivity != "measured":
         gatherer = FisherGatherer(
             simulator,
-            collector.turned(max_context, *form),
+            turned,
             exact,
             collector.heads_per_group,
             settings.joint_kv,
@@ -180,7 +182,7 @@ def _calibrate(llm: Any, dataset: Dataset, settings: CalibrateSettings) -> Pack:
         )
         fisher = _gathered(gatherer, modalities, settings.sensitivity == "auto")
     assembler = Assembler(
-        collector.statistics(max_context, modalities, llm.model_config.dtype, *form, fisher),
+        collector.statistics(turned, modalities, llm.model_config.dtype, fisher),
         collector.heads_per_group,
         settings.regularization,
     )
