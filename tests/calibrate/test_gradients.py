@@ -39,12 +39,14 @@ class Toy:
     shape = CacheShape(("a",), KV_HEADS, KV_HEADS, SIZE)
     device = torch.device("cpu")
 
-    def __init__(self, prompts: list[Recorded], scored: int, breaks: bool = False) -> None:
+    def __init__(
+        self, prompts: list[Recorded], scored: int, breaks: bool = False, grid: float = 0.0
+    ) -> None:
         self.recorded = prompts
         self.tokens = sum(prompt.length for prompt in prompts)
         generator = torch.Generator().manual_seed(0)
         self.model = Linear(scored, generator)
-        self.breaks = breaks
+        self.breaks, self.grid = breaks, grid
         self.cached = {
             id(p): torch.randn(2, p.length, KV_HEADS, SIZE, generator=generator) for p in prompts
         }
@@ -54,7 +56,10 @@ class Toy:
         if self.breaks:
             value = value.detach() + 0 * value
         sums = torch.stack([x.flatten(1).sum(0) for x in (key, value)])
-        return torch.einsum("kd,ksdh->sh", sums, self.model.maps)
+        hidden = torch.einsum("kd,ksdh->sh", sums, self.model.maps)
+        if self.grid:
+            hidden = hidden + ((hidden / self.grid).round() * self.grid - hidden).detach()
+        return hidden
 
     @contextmanager
     def differentiated(self, prompt: Recorded, codec: Any) -> Iterator[Tensor]:
@@ -135,6 +140,15 @@ def test_a_part_without_derivative_is_refused() -> None:
     """Half of what errors do is missing: no gradient is None, and differences tell."""
     with pytest.raises(UnsupportedModelError, match=r"Linear are \d+% off .*: measured'"):
         gathered(Toy([prompt(0, [False] * 5, 2)], 2, breaks=True))
+
+
+def test_rounding_is_told_from_a_missing_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the smallest step does is lost in it, what a larger one does is not."""
+    coarse = Toy([prompt(0, [False] * 5, 2)], 2, grid=0.1)
+    gathered(coarse)
+    monkeypatch.setattr(gradients, "_STEPS", gradients._STEPS[:1])
+    with pytest.raises(UnsupportedModelError, match=r"Linear are \d+% off"):
+        gathered(coarse)
 
 
 def test_a_model_without_gradients_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
