@@ -2,17 +2,20 @@
 
 Symptom: a replayed forward gives hidden states that autograd knows nothing of. Cause: vLLM's
 operators are for inference and have no derivative: attention behind an opaque operator, fused norms
-and rotary embeddings, and on CPUs linear layers that pack their weights and drop them. All of them
-have a form in plain PyTorch, which these contexts select. What has none (quantised weights, fused
-experts) is found out by `calibrate.gradients`, which compares with differences.
+and rotary embeddings, functions compiled for inference, and on CPUs linear layers that pack their
+weights and drop them. All of them have a form in plain PyTorch, which these contexts select. What
+has none (quantised weights, fused experts) is found out by `calibrate.gradients`, which compares
+with differences.
 
 Remove when vLLM can be asked for its plain operators at run time.
 """
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
@@ -48,6 +51,11 @@ def plain_operators(model: nn.Module) -> Iterator[None]:
 
     with ExitStack() as changes:
         changes.enter_context(ir.enable_torch_wrap(False))
+        # norms of some models are compiled, for inference
+        changes.enter_context(torch.compiler.set_stance("force_eager"))
+        decorated = getattr(type(model).forward, "__wrapped__", None)
+        if decorated is not None:  # by torch.no_grad()
+            changes.enter_context(_set(model, "forward", MethodType(decorated, model)))
         for op in IrOp.registry.values():
             changes.enter_context(op.set_priority(["native"]))
         for module in model.modules():
