@@ -24,7 +24,7 @@ from vllm_attentionpack.calibrate.moments import (
     MomentAccumulator,
     auto_group_size,
 )
-from vllm_attentionpack.calibrate.rotary import rotary_of
+from vllm_attentionpack.calibrate.rotary import is_called_once, rotary_of
 from vllm_attentionpack.codec.positions import Rotary
 from vllm_attentionpack.errors import CalibrationDataError, ConfigError, UnsupportedModelError
 
@@ -36,20 +36,27 @@ class _PositionWatch:
 
     def __init__(self, module: nn.Module) -> None:
         self._positions: Tensor | None = None
+        self._called_once = is_called_once(module)
         self._handle = module.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._positions = kwargs["positions"] if "positions" in kwargs else args[0]
+        place, name = (1, "position_ids") if self._called_once else (0, "positions")
+        self._positions = kwargs[name] if name in kwargs else args[place]
 
     def take(self, num_tokens: int) -> Tensor | None:
         """The positions `[num_tokens]` of the turn since the last call, None if there was none.
 
-        Of M-RoPE's three axes the temporal one counts (`codec.positions`).
+        Of a module that is called once, those of the step. Of M-RoPE's three axes the temporal one
+        counts (`codec.positions`).
         """
-        positions, self._positions = self._positions, None
+        positions = self._positions
+        if not self._called_once:
+            self._positions = None
         if positions is None:
             return None
-        return (positions[0] if positions.ndim == 2 else positions)[:num_tokens]
+        while positions.ndim > 1:
+            positions = positions[0]
+        return positions[:num_tokens]
 
     def remove(self) -> None:
         self._handle.remove()

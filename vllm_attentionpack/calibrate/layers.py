@@ -87,6 +87,8 @@ def _check_alike(layers: list[Attention]) -> None:
 def _site(modules: dict[str, nn.Module], path: str, layer: Attention) -> AttentionSite:
     rotary = None
     for ancestor in _ancestors(modules, path):
+        if not getattr(ancestor, "use_rope", True):  # of a module that turns other layers' keys
+            break
         candidate = getattr(ancestor, "rotary_emb", None)
         if isinstance(candidate, nn.Module):
             rotary = candidate

@@ -1,9 +1,14 @@
-"""How a rotary module of vLLM turns heads, read from the module's own tables.
+"""How a rotary module turns heads, read from the module's own tables.
 
 Whatever scaling made the frequencies (linear, llama3, YaRN, NTK), position `n` must turn plane `i`
 by `n * frequencies[i]`: that is checked on the table, not looked up by class.
+
+Modules of vLLM turn the queries and keys of a layer. Models that vLLM takes from Transformers have
+modules that make cosines and sines, once for all layers, and a function beside their class turns by
+them; which dims it pairs is found out by calling it.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -22,23 +27,23 @@ def rotary_of(module: nn.Module, layer_name: str) -> Rotary:
     """The rotation that `module` applies.
 
     Args:
-        module: a rotary embedding of vLLM, as it stands in the model.
+        module: a rotary embedding, as it stands in the model.
         layer_name: for the message.
 
     Raises:
         UnsupportedModelError: its angles are not proportional to the position, or it keeps its
             tables in a way that this package does not know.
     """
+    if is_called_once(module):
+        return _rotary_of_transformers(module, layer_name)
     cos, sin = _tables(module, layer_name)
-    frequencies = torch.atan2(sin[1], cos[1])
-    for position in _CHECKED:
-        if position < len(cos):
-            error = torch.atan2(sin[position], cos[position]) - position * frequencies
-            error = torch.remainder(error + torch.pi, 2 * torch.pi) - torch.pi
-            if float(error.abs().max()) > _TOLERANCE:
-                raise _unsupported(module, layer_name, "its angles do not grow with the position")
     interleaved = not bool(getattr(module, "is_neox_style", True))
-    return Rotary(frequencies, interleaved)
+    return Rotary(_frequencies(cos, sin, module, layer_name), interleaved)
+
+
+def is_called_once(module: nn.Module) -> bool:
+    """Whether a step calls the rotary module once, not in every layer: those of Transformers."""
+    return hasattr(module, "inv_freq") and not hasattr(module, "cos_sin_cache")
 
 
 def _tables(module: nn.Module, layer_name: str) -> tuple[Tensor, Tensor]:
@@ -54,12 +59,47 @@ def _tables(module: nn.Module, layer_name: str) -> tuple[Tensor, Tensor]:
         raise _unsupported(module, layer_name, "its table depends on the prompt") from error
     if not isinstance(table, Tensor) or table.ndim != 2 or len(table) < 2 or table.is_complex():
         raise _unsupported(module, layer_name, "its table is not [positions, dims]")
-    table = table[: max(_CHECKED) + 1].double().cpu()
-    cos, sin = table.chunk(2, dim=-1)
+    cos, sin = table[: max(_CHECKED) + 1].double().cpu().chunk(2, dim=-1)
+    return cos, sin
+
+
+def _rotary_of_transformers(module: nn.Module, layer_name: str) -> Rotary:
+    if getattr(module, "rope_type", None) in (None, "dynamic", "longrope"):
+        raise _unsupported(module, layer_name, "its frequencies depend on the prompt or the layer")
+    apply: Any = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    if apply is None:
+        raise _unsupported(module, layer_name, "no function beside its class turns by its tables")
+    device: Any = module.inv_freq.device
+    positions = torch.arange(max(_CHECKED) + 1, device=device)
+    tables = module(torch.zeros(1, device=device), positions[None])  # [1, positions, dims] each
+    heads = torch.randn(len(positions), 1, tables[0].shape[-1], device=device)
+    asked = heads.transpose(0, 1)[None]
+    turned = apply(asked, asked, *tables)[0][0].transpose(0, 1)
+    turned = (turned * heads.norm() / turned.norm()).cpu()  # without the amplitude of the tables
+    cos, sin = (table[0].double().cpu() for table in tables)
+    # every plane has two columns of the tables: half of them apart, or side by side
+    apart, beside = slice(cos.shape[-1] // 2), slice(None, None, 2)
+    for columns, interleaved in ((apart, False), (apart, True), (beside, True)):
+        frequencies = _frequencies(cos[:, columns], sin[:, columns], module, layer_name)
+        found = Rotary(frequencies, interleaved)
+        if torch.allclose(found.turn(heads.cpu(), positions.cpu()), turned, atol=_TOLERANCE):
+            return found
+    raise _unsupported(module, layer_name, "it pairs dims in no way that this package knows")
+
+
+def _frequencies(cos: Tensor, sin: Tensor, module: nn.Module, layer_name: str) -> Tensor:
+    """float64 `[planes]`, from cosines and sines `[positions, planes]` times an amplitude."""
     amplitude = (cos.square() + sin.square()).sqrt()
     if float((amplitude - amplitude[0]).abs().max()) > _TOLERANCE * float(amplitude[0].max()):
         raise _unsupported(module, layer_name, "its table does not hold rotations")
-    return cos, sin
+    frequencies = torch.atan2(sin[1], cos[1])
+    for position in _CHECKED:
+        if position < len(cos):
+            error = torch.atan2(sin[position], cos[position]) - position * frequencies
+            error = torch.remainder(error + torch.pi, 2 * torch.pi) - torch.pi
+            if float(error.abs().max()) > _TOLERANCE:
+                raise _unsupported(module, layer_name, "its angles do not grow with the position")
+    return frequencies
 
 
 def _unsupported(module: nn.Module, layer_name: str, reason: str) -> UnsupportedModelError:
