@@ -72,15 +72,13 @@ def test_reference_vlm_twice_gives_the_same_pack(tmp_path: Path) -> None:
     assert 64 <= header.provenance.visual_tokens < header.provenance.tokens / 2
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama whose biases make every mean and covariance different from its neighbours."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+def save_random(folder: Path, kind: str) -> Path:
+    """A random model whose biases make every mean and covariance different from its neighbours."""
+    import transformers
 
-    folder = tmp_path_factory.mktemp("llama")
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(VLM / "model")
-    config = LlamaConfig(
+    tokenizer = transformers.AutoTokenizer.from_pretrained(VLM / "model")
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=96,
@@ -93,13 +91,18 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         attention_bias=True,
         initializer_range=0.3,
     )
-    model = LlamaForCausalLM(config)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
     for name, parameter in model.named_parameters():
         if name.endswith("proj.bias"):
             torch.nn.init.normal_(parameter)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random(tmp_path_factory.mktemp("llama"), "Llama")
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +114,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def projections(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
     """Per layer, of all texts: queries, keys, values before rotation, by transformers."""
-    from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for layer in model.model.layers:
         seen: dict[str, list[torch.Tensor]] = {name: [] for name in ("q", "k", "v")}
@@ -133,13 +136,19 @@ def projections(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
         yield gathered
 
 
-def test_statistics_are_what_the_model_computes(llama: Path, texts: Path) -> None:
-    """Un-rotated moments and output projections against transformers; refusals on the way."""
+@pytest.mark.parametrize("kind", ["Llama", "Arcee"])
+def test_statistics_are_what_the_model_computes(tmp_path: Path, texts: Path, kind: str) -> None:
+    """Un-rotated moments and output projections against transformers; refusals on the way.
+
+    Arcee is one of the models that vLLM takes from there.
+    """
     from vllm_attentionpack.calibrate.collector import Collector
     from vllm_attentionpack.calibrate.engine import feed, statistics_engine
     from vllm_attentionpack.evaluate.data import read_dataset
 
-    with statistics_engine(str(llama), 0, {"dtype": "float32"}) as llm:
+    model = save_random(tmp_path / "model", kind)
+    computed = list(projections(model))  # before vLLM changes the classes of transformers
+    with statistics_engine(str(model), 0, {"dtype": "float32"}) as llm:
         with pytest.raises(ConfigError, match=r"group size is 3, .* allowed are 1, 2 and 'auto'"):
             llm.apply_model(lambda model: Collector.install(model, 3))
         (collector,) = llm.apply_model(lambda model: Collector.install(model, "auto"))
@@ -151,7 +160,7 @@ def test_statistics_are_what_the_model_computes(llama: Path, texts: Path) -> Non
         layers = list(collector.statistics(collector.turned(1), 1, torch.float32))
 
     assert len(layers) == LAYERS
-    for i, (layer, expected) in enumerate(zip(layers, projections(llama), strict=True)):
+    for i, (layer, expected) in enumerate(zip(layers, computed, strict=True)):
         assert layer.name == f"model.layers.{i}.self_attn.attn"
         assert layer.scale == pytest.approx(D**-0.5)
         assert (tokens, visual_tokens) == (len(expected["k"]), 0)

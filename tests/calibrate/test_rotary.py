@@ -1,6 +1,8 @@
 """Frequencies read from rotary modules: from vLLM's own tables, and from made-up hostile ones."""
 
+import importlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +41,56 @@ def test_frequencies_are_recovered(amplitude: float, neox: bool) -> None:
     rotary = rotary_of(Module(lambda n: n * FREQUENCIES, amplitude, neox), "layer")
     torch.testing.assert_close(rotary.frequencies, FREQUENCIES, rtol=1e-6, atol=1e-7)
     assert rotary.interleaved is not neox
+
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 16.0,
+    "original_max_position_embeddings": 256,
+    "attention_factor": 1.2,
+}
+BY_LAYER = {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 10}}
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "options", "interleaved", "planes"),
+    [
+        ("Olmo2", "olmo2", {"rope_parameters": YARN, "max_position_embeddings": 4096}, False, 32),
+        ("GPTNeoX", "gpt_neox", {}, False, 8),  # a quarter of the dims turns
+        ("Glm", "glm", {}, True, 32),  # half of them, pairs side by side
+        ("Cohere", "cohere", {}, True, 32),  # pairs side by side in the tables, too
+        ("Olmo3", "olmo3", {"rope_parameters": BY_LAYER}, False, 32),
+    ],
+)
+def test_modules_of_transformers_turn_as_they_do_there(
+    name: str, folder: str, options: dict[str, Any], interleaved: bool, planes: int
+) -> None:
+    code = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    config = getattr(code, f"{name}Config")(hidden_size=256, num_attention_heads=4, **options)
+    module = getattr(code, f"{name}RotaryEmbedding")(config)
+    rotary = rotary_of(module, "layer")
+    assert (rotary.interleaved, len(rotary.frequencies)) == (interleaved, planes)
+
+    positions = torch.tensor([0, 1, 400, 1999])
+    x = torch.randn(4, 2, 2 * planes, generator=torch.Generator().manual_seed(0))
+    layer_type = ("full_attention",) if name == "Olmo3" else ()
+    cos, sin = module(x, positions[None], *layer_type)
+    heads = x.transpose(0, 1)[None]
+    turned, _ = code.apply_rotary_pos_emb(heads, heads, cos, sin)
+    amplitude = YARN["attention_factor"] if "rope_parameters" in options else 1.0
+    torch.testing.assert_close(
+        amplitude * rotary.turn(x, positions), turned[0].transpose(0, 1), rtol=1e-3, atol=2e-3
+    )
+
+
+def test_modules_of_transformers_that_change_are_refused() -> None:
+    code = importlib.import_module("transformers.models.olmo2.modeling_olmo2")
+    module = code.Olmo2RotaryEmbedding(code.Olmo2Config(hidden_size=256, num_attention_heads=4))
+    for rope_type in ("dynamic", "longrope", {"sliding_attention": "default"}):
+        module.rope_type = rope_type
+        with pytest.raises(UnsupportedModelError, match="depend on the prompt"):
+            rotary_of(module, "layer")
 
 
 def test_turning_back_undoes_the_table() -> None:

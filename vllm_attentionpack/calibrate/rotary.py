@@ -21,6 +21,8 @@ from vllm_attentionpack.errors import UnsupportedModelError
 #: frequencies that change, near enough for float32 angles to hold `_TOLERANCE`.
 _CHECKED = (2, 3, 7, 50, 333)
 _TOLERANCE = 1e-3
+#: Transformers' name of layers without windows.
+_FULL_ATTENTION = "full_attention"
 
 
 def rotary_of(module: nn.Module, layer_name: str) -> Rotary:
@@ -43,7 +45,7 @@ def rotary_of(module: nn.Module, layer_name: str) -> Rotary:
 
 def is_called_once(module: nn.Module) -> bool:
     """Whether a step calls the rotary module once, not in every layer: those of Transformers."""
-    return hasattr(module, "inv_freq") and not hasattr(module, "cos_sin_cache")
+    return hasattr(module, "rope_type") and not hasattr(module, "cos_sin_cache")
 
 
 def _tables(module: nn.Module, layer_name: str) -> tuple[Tensor, Tensor]:
@@ -64,14 +66,20 @@ def _tables(module: nn.Module, layer_name: str) -> tuple[Tensor, Tensor]:
 
 
 def _rotary_of_transformers(module: nn.Module, layer_name: str) -> Rotary:
-    if getattr(module, "rope_type", None) in (None, "dynamic", "longrope"):
-        raise _unsupported(module, layer_name, "its frequencies depend on the prompt or the layer")
+    rope_type: Any = module.rope_type
+    layer_type: tuple[str, ...] = ()
+    if isinstance(rope_type, dict):  # by the type of the layer; with windows they are not coded
+        layer_type = (_FULL_ATTENTION,)
+        rope_type = rope_type.get(_FULL_ATTENTION)
+    if rope_type in (None, "dynamic", "longrope"):
+        raise _unsupported(module, layer_name, "its frequencies depend on the prompt")
     apply: Any = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     if apply is None:
         raise _unsupported(module, layer_name, "no function beside its class turns by its tables")
-    device: Any = module.inv_freq.device
+    device = next(module.buffers()).device
     positions = torch.arange(max(_CHECKED) + 1, device=device)
-    tables = module(torch.zeros(1, device=device), positions[None])  # [1, positions, dims] each
+    # [1, positions, dims] each
+    tables = module(torch.zeros(1, device=device), positions[None], *layer_type)
     heads = torch.randn(len(positions), 1, tables[0].shape[-1], device=device)
     asked = heads.transpose(0, 1)[None]
     turned = apply(asked, asked, *tables)[0][0].transpose(0, 1)
