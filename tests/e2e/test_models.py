@@ -73,6 +73,8 @@ CASES = [
     Case("llama", 4, 4, 32, "float32", 16, heads_per_group=2, exact_prefill=True),
     Case("qwen2", 4, 2, 64, "float16", 64, heads_per_group=1, exact_prefill=False),
     Case("qwen3", 4, 1, 128, "bfloat16", 32, heads_per_group=1, exact_prefill=True),
+    # vLLM takes this one from Transformers
+    Case("olmo2", 4, 2, 32, "float32", 16, heads_per_group=1, exact_prefill=False),
     Case("llava", 4, 2, 64, "bfloat16", 128, heads_per_group=2, exact_prefill=False, engine={}),
 ]
 
