@@ -142,6 +142,20 @@ def test_a_part_without_derivative_is_refused() -> None:
         gathered(Toy([prompt(0, [False] * 5, 2)], 2, breaks=True))
 
 
+def test_plain_operators_that_do_something_else_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    toy = Toy([prompt(0, [False] * 5, 2)], 2)
+
+    @contextmanager
+    def halved(one: Recorded, codec: Any) -> Iterator[Tensor]:
+        yield toy.scored_hidden(one, codec) / 2
+
+    monkeypatch.setattr(toy, "differentiated", halved)
+    with pytest.raises(UnsupportedModelError, match=r"plain operators of Linear give .* 50% off"):
+        gathered(toy)
+
+
 def test_rounding_is_told_from_a_missing_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the smallest step does is lost in it, what a larger one does is not."""
     coarse = Toy([prompt(0, [False] * 5, 2)], 2, grid=0.1)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_attentionpack import plugin
-from vllm_attentionpack.compat.autograd import plain_cpu_linears
+from vllm_attentionpack.compat.autograd import plain_cpu_layers
 from vllm_attentionpack.engine import engine_arguments, shut_down, start
 from vllm_attentionpack.errors import ConfigError
 from vllm_attentionpack.evaluate.data import Dataset
@@ -59,7 +59,7 @@ def statistics_engine(model: str, seed: int, engine_args: Mapping[str, Any]) -> 
         )
     with _in_process(), _fewer_warnings():
         plugin.register()
-        with plain_cpu_linears():
+        with plain_cpu_layers():
             llm = start(engine_arguments(model, {"seed": seed, **engine_args, **_FORCED}))
         try:
             yield llm

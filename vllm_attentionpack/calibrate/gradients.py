@@ -16,6 +16,8 @@ moment `E[g gᵀ] = 2 Fₜ`, and its products are summed like those of keys and 
 nearly certain are seen, too, which gradients of sampled answers would miss.
 """
 
+import math
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -30,7 +32,12 @@ from vllm_attentionpack.codec.positions import Anchors, Rotary
 from vllm_attentionpack.compat.autograd import plain_operators, recomputed_layers
 from vllm_attentionpack.errors import UnsupportedModelError
 from vllm_attentionpack.evaluate.simulate.codec import CacheShape, DenseCodec, ExactTokens, Tokens
-from vllm_attentionpack.evaluate.simulate.measure import LOGIT_ROWS, Simulator, tokens_of
+from vllm_attentionpack.evaluate.simulate.measure import (
+    LOGIT_ROWS,
+    REPLAY_TOLERANCE,
+    Simulator,
+    tokens_of,
+)
 from vllm_attentionpack.evaluate.simulate.recording import Recorded
 
 #: Draws of `z` for each prompt. Half of them price errors where the token stands, half wherever in
@@ -46,6 +53,8 @@ _RECOMPUTED = 8192
 #: Largest relative difference of a derivative and a difference of hidden states. A part without
 #: derivative is beyond it at every step.
 _TOLERANCE = 0.1
+#: Scored tokens whose derivatives are compared.
+_CHECKED = 8
 #: Steps relative to keys and values, tried in turn: what a small one makes of hidden states may be
 #: lost in their rounding to bfloat16, what a large one makes is no derivative any more.
 _STEPS = (0.05, 0.1, 0.2, 0.4)
@@ -147,9 +156,11 @@ class FisherGatherer:
         scored = Counter[int]()
         for prompt in prompts:
             scored[prompt.owner] += len(prompt.targets)
+        longest = max(prompts, key=lambda prompt: prompt.length)
         try:
+            dense = self.simulator.scored_hidden(longest, DenseCodec(shape))
             with plain_operators(self.simulator.model):
-                self._check_derivative(max(prompts, key=lambda prompt: prompt.length), drawn)
+                self._check(longest, dense, drawn)
                 for done, prompt in enumerate(prompts, start=1):
                     # the mean over items of what each loses per token, half of it
                     weight = self.simulator.tokens / (2 * len(scored) * scored[prompt.owner])
@@ -216,11 +227,25 @@ class FisherGatherer:
             parts += _backward(logits, [rows], v)
         return torch.cat(parts)
 
-    def _check_derivative(self, prompt: Recorded, drawn: torch.Generator) -> None:
-        """Compares the derivative along a random error with the difference that it makes."""
+    def _check(self, prompt: Recorded, dense: Tensor, drawn: torch.Generator) -> None:
+        """Compares plain operators with the model's, and derivatives with differences.
+
+        Args:
+            prompt: what both are compared on.
+            dense: the hidden states `[n, hidden]` of the model's own operators.
+            drawn: gives the direction of the derivative.
+        """
         codec = _Shifted(self.simulator.shape, self.exact)
+        name = type(self.simulator.model).__name__
         found = []
         with self._differentiated(prompt, codec) as hidden:
+            error = float((hidden.detach() - dense).float().norm() / dense.float().norm())
+            if not error <= REPLAY_TOLERANCE:
+                raise UnsupportedModelError(
+                    f"plain operators of {name} give hidden states {error:.0%} off (at most "
+                    f"{REPLAY_TOLERANCE:.0%} is rounding): there are no gradients to be had. Set "
+                    "'sensitivity: measured' in the --config file."
+                )
             direction = {
                 i: [
                     torch.randn(e.shape, generator=drawn, device=e.device) * size
@@ -233,9 +258,9 @@ class FisherGatherer:
                 if found[-1] <= _TOLERANCE:
                     return
         raise UnsupportedModelError(
-            f"the gradients of {type(self.simulator.model).__name__} are {min(found):.0%} off (at "
-            f"most {_TOLERANCE:.0%} is rounding): some operator of it has no derivative. Set "
-            "'sensitivity: measured' in the --config file."
+            f"the gradients of {name} are {min(found):.0%} off (at most {_TOLERANCE:.0%} is "
+            "rounding): some operator of it has no derivative. Set 'sensitivity: measured' in the "
+            "--config file."
         )
 
     def _off(
@@ -246,22 +271,31 @@ class FisherGatherer:
         direction: dict[int, list[Tensor]],
         step: float,
     ) -> float:
-        """How far off the derivative of `hidden` along `direction` is, relative to a difference.
+        """How far off derivatives of hidden states along `direction` are from differences.
 
         Args:
+            hidden: `[n, hidden]`.
             errors: leaves, of each layer's keys and values.
             direction: shaped as they are.
             step: of the difference, in units of `direction`.
+
+        Returns:
+            Relative, the median of some scored tokens: one that is routed to other experts jumps.
         """
         # Rounding to bfloat16 is as large as what small steps do. It differs from one length of
         # the step to another, so that products of two differences are nearly free of it.
         one, other = (self._difference(prompt, direction, step * by) for by in (1.0, 1.07))
         leaves = [e for i in direction for e in errors[i]]
-        found = _backward(hidden, leaves, one.to(hidden.dtype), retain_graph=True)
         along = [d for of_layer in direction.values() for d in of_layer]
-        derived = sum(float((d * g).sum()) for d, g in zip(along, found, strict=True))
-        expected = float((one * other).sum())
-        return abs(derived - expected) / max(expected, 1e-30)
+        found = []
+        for row in torch.linspace(0, len(hidden) - 1, _CHECKED).long().unique().tolist():
+            v = one[row].to(hidden.dtype)
+            gradients = _backward(hidden[row], leaves, v, retain_graph=True)
+            derived = sum(float((d * g).sum()) for d, g in zip(along, gradients, strict=True))
+            expected = float((one[row] * other[row]).sum())
+            if derived or expected:  # none for tokens that read exact ones only
+                found.append(abs(derived - expected) / max(expected, 1e-30))
+        return statistics.median(found) if found else math.inf
 
     def _difference(
         self, prompt: Recorded, direction: dict[int, list[Tensor]], step: float

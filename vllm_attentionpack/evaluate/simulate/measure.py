@@ -31,7 +31,7 @@ _STEP_TOKENS = 8192
 LOGIT_ROWS = 512
 #: Largest relative difference of replayed and recorded hidden states: rounding to bfloat16 through
 #: tens of layers stays well below it, a forgotten input does not.
-_REPLAY_TOLERANCE = 0.2
+REPLAY_TOLERANCE = 0.2
 
 
 @dataclass(frozen=True)
@@ -250,10 +250,10 @@ class Simulator:
         for prompt, replayed in zip(self.recorded, self._dense, strict=True):
             expected = _scored(prompt, prompt.hidden).float()
             error = (replayed.float() - expected).norm() / expected.norm().clamp_min(1e-30)
-            if not error <= _REPLAY_TOLERANCE:
+            if not error <= REPLAY_TOLERANCE:
                 raise UnsupportedModelError(
                     f"replaying a prompt gives hidden states {float(error):.0%} off those of the "
-                    f"engine (at most {_REPLAY_TOLERANCE:.0%} is rounding): the model keeps state "
+                    f"engine (at most {REPLAY_TOLERANCE:.0%} is rounding): the model keeps state "
                     "that is not recorded. Leave out --validate and --ratio auto for it."
                 )
 
