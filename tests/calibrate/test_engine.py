@@ -72,7 +72,7 @@ def test_reference_vlm_twice_gives_the_same_pack(tmp_path: Path) -> None:
     assert 64 <= header.provenance.visual_tokens < header.provenance.tokens / 2
 
 
-def save_random(folder: Path, kind: str) -> Path:
+def save_random(folder: Path, kind: str, **options: Any) -> Path:
     """A random model whose biases make every mean and covariance different from its neighbours."""
     import transformers
 
@@ -90,6 +90,7 @@ def save_random(folder: Path, kind: str) -> Path:
         rope_parameters=ROPE,
         attention_bias=True,
         initializer_range=0.3,
+        **options,
     )
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     for name, parameter in model.named_parameters():
@@ -105,11 +106,14 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_random(tmp_path_factory.mktemp("llama"), "Llama")
 
 
+def write_texts(file: Path, times: int = 1) -> Path:
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * times))
+    return file
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("data") / "texts.jsonl"
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    return file
+    return write_texts(tmp_path_factory.mktemp("data") / "texts.jsonl")
 
 
 def projections(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
@@ -175,6 +179,20 @@ def test_statistics_are_what_the_model_computes(tmp_path: Path, texts: Path, kin
         torch.testing.assert_close(layer.moments.query, second, rtol=1e-3, atol=1e-2)
         rows = expected["o"].T.view(HEADS, D, -1)
         torch.testing.assert_close(layer.gram, rows @ rows.mT, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_with_experts_has_gradients(tmp_path: Path) -> None:
+    """Experts and routers included: derivatives are what differences are."""
+    model = save_random(
+        tmp_path / "model",
+        "Qwen3Moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+    )
+    texts = write_texts(tmp_path / "texts.jsonl", 6)
+    pack = calibrate(str(model), texts, 6, sensitivity="gradients", sinks=0, window=0)
+    assert pack.header.compression_ratio >= 6
 
 
 class Noisy(TokenCodec):

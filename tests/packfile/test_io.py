@@ -127,6 +127,13 @@ def test_a_target_is_checked_without_a_trace(path):
     assert sorted(file.name for file in path.parent.iterdir()) == sorted(["new", path.name])
 
 
+def test_a_target_that_vllm_would_load_as_weights_is_refused(tmp_path):
+    (tmp_path / "config.json").touch()
+    check_target(tmp_path / "model.pack")
+    with pytest.raises(PackFileError, match=r"holds a model, .* file in another folder"):
+        check_target(tmp_path / "pack.safetensors")
+
+
 def test_saving_onto_a_folder_or_under_a_file_is_refused(path):
     for target in (path.parent, path / "p"):
         with pytest.raises(PackFileError, match=f"cannot be written to '{target}'"):

@@ -72,7 +72,8 @@ class CalibrateSettings(BaseModel):
             some backwards through the model (`calibrate.gradients`); loses least. `measured`: layer
             by layer, keys and values apart, which takes two forwards per layer. `uniform`: by the
             energy they add to their layer's output, which takes nothing. `auto`: gradients, or
-            measured with a warning where the model has none (quantised weights, fused experts).
+            measured with a warning where the model has none (quantised weights, on GPUs fused
+            experts).
         sensitivity_tokens: at most this many, and `max_tokens`; whole prompts.
         layer_weights: price of each layer's relative distortion; None prices all alike.
         sinks: tokens at the start of a request to keep exact, a recommendation to the server.

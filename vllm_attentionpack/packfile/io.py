@@ -62,9 +62,14 @@ def check_target(path: str | os.PathLike[str]) -> None:
     """Checks that a pack can be written, before the work that it is to hold; leaves no file.
 
     Raises:
-        PackFileError: as `save_pack`.
+        PackFileError: as `save_pack`; or vLLM would take it for weights.
     """
     target = Path(path)
+    if target.suffix == ".safetensors" and os.path.exists(target.parent / "config.json"):
+        raise PackFileError(
+            f"the pack cannot be written to '{target}': that folder holds a model, and vLLM would "
+            "load the pack with its weights. Give the path of a file in another folder."
+        )
     with _partial(target) as partial:
         if target.is_dir():
             raise IsADirectoryError("it is a folder")
