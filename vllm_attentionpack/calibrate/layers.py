@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,12 @@ from vllm_attentionpack.errors import UnsupportedModelError
 logger = init_logger(__name__)
 
 _ROWS_PER_CHUNK = 1024
+#: Attributes of the platform's attention that `AttentionPackImpl` refuses as arguments.
+_UNSERVABLE = {
+    "alibi_slopes": "ALiBi",
+    "logits_soft_cap": "logits soft capping",
+    "sinks": "attention sinks",
+}
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,8 @@ def attention_sites(model: nn.Module) -> list[AttentionSite]:
     Layers with a sliding window are left out: their cache is small, and stays dense.
 
     Raises:
-        UnsupportedModelError: no such layer, or layers that differ in heads or share another
-            layer's cache.
+        UnsupportedModelError: no such layer, or one that could not be served: with ALiBi, soft
+            caps or attention sinks, unlike the others, or on another layer's cache.
     """
     modules = dict(model.named_modules())
     found = [
@@ -56,7 +63,7 @@ def attention_sites(model: nn.Module) -> list[AttentionSite]:
             "another --attention-backend."
         )
     found.sort(key=lambda entry: _numbers(entry[1].layer_name))
-    _check_alike([layer for _, layer in found])
+    _check_servable([layer for _, layer in found])
     return [_site(modules, path, layer) for path, layer in found]
 
 
@@ -64,13 +71,16 @@ def _numbers(layer_name: str) -> list[int]:
     return [int(part) for part in layer_name.split(".") if part.isdecimal()]
 
 
-def _check_alike(layers: list[Attention]) -> None:
+def _check_servable(layers: list[Attention]) -> None:
     def shape(layer: Attention) -> tuple[int, int, int]:
         return layer.num_heads, layer.num_kv_heads, layer.head_size
 
     for layer in layers:
         reason = None
-        if shape(layer) != shape(layers[0]):
+        used = [name for attribute, name in _UNSERVABLE.items() if _has(layer.impl, attribute)]
+        if used:
+            reason = f"it uses {', '.join(used)}, and a compacted cache could not serve it"
+        elif shape(layer) != shape(layers[0]):
             reason = f"its (query heads, KV heads, head size) {shape(layer)} differ from the "
             reason += f"{shape(layers[0])} of '{layers[0].layer_name}'"
         elif layer.head_size_v != layer.head_size:
@@ -80,8 +90,15 @@ def _check_alike(layers: list[Attention]) -> None:
         if reason:
             raise UnsupportedModelError(
                 f"layer '{layer.layer_name}' cannot be calibrated: {reason}. A pack needs the same "
-                "heads in all layers with full attention."
+                "heads in all layers with full attention, and plain softmax. Serve this model with "
+                "another --attention-backend."
             )
+
+
+def _has(impl: Any, attribute: str) -> bool:
+    """Whether the attribute is given: a number but zero, or any tensor."""
+    value = getattr(impl, attribute, None)
+    return value is not None and (isinstance(value, Tensor) or bool(value))
 
 
 def _site(modules: dict[str, nn.Module], path: str, layer: Attention) -> AttentionSite:
