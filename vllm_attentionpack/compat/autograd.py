@@ -25,6 +25,11 @@ from torch.utils.checkpoint import checkpoint
 @contextmanager
 def plain_cpu_layers() -> Iterator[None]:
     """Models that are loaded meanwhile keep the weights of linear layers and experts on CPUs."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        yield
+        return
     from vllm.model_executor.layers import utils
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
