@@ -33,13 +33,13 @@ def main() -> int:
     parser.add_argument("--group-sizes", type=int, nargs="+", help="[default: all]")
     parser.add_argument("--baselines", nargs="+", help="only those with one of these in the name")
     parser.add_argument("--captured-tokens", type=int, default=16_384, help="for OSCAR's rotations")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[4, 5, 6, 8, 10, 12, 16])
-    parser.add_argument("--exact-ratios", type=float, nargs="+", default=[4, 6, 8, 10, 12, 16])
+    parser.add_argument("--ratios", type=float, nargs="*", default=[4, 5, 6, 8, 10, 12, 16])
+    parser.add_argument("--exact-ratios", type=float, nargs="*", default=[4, 6, 8, 10, 12, 16])
     parser.add_argument("--short-spans", type=int, nargs="*", default=[64, 16, 1])
     parser.add_argument("--pre-rope-spans", type=int, nargs="*", default=[PRE_ROPE_ANCHOR_SPAN])
     parser.add_argument("--joint-kv-turns", type=float, nargs="*", default=[PRE_ROPE_TURN, 0.5])
     parser.add_argument("--sensitivity", choices=["gradients", "measured"], default="gradients")
-    parser.add_argument("--no-joint-kv", action="store_true", help="leave these rows out")
+    parser.add_argument("--forms", nargs="*", help="only these other ones of ours, by whole names")
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--recent", type=int, default=64)
     options = parser.parse_args()
@@ -73,13 +73,14 @@ def main() -> int:
         for group_size in options.group_sizes or setting.group_sizes:
             joint = group_size == max(setting.group_sizes)
             family = "ours" if joint else f"ours, {group_size} heads per group"
-            assembler = fit(group_size, beside=none)
-            for ratio in options.ratios if joint else (4.0, 8.0):
+            ratios = options.ratios if joint else (4.0, 8.0)
+            assembler = fit(group_size, beside=none) if ratios else None
+            for ratio in ratios:
                 fitted = setting.priced(assembler, ratio=ratio)
                 assembled = fitted.at(ratio)
                 codec = PackCodec(setting.shape, assembled.codecs(table.device))
                 table.add(family, f"{family} {ratio:g}x", codec, predicted=fitted.predicted)
-            if not joint:
+            if not joint or not options.exact_ratios:
                 continue
             assembler = fit(group_size, beside=kept)
             for ratio in options.exact_ratios:
@@ -90,14 +91,9 @@ def main() -> int:
             (span, None, False) for span in options.short_spans
         ]
         forms += [(span, PRE_ROPE_TURN, False) for span in options.pre_rope_spans]
-        if not options.no_joint_kv:
-            forms += [(setting.anchor_span, None, True), (1, None, True)]
-            forms += product(options.pre_rope_spans, options.joint_kv_turns, [True])
+        forms += [(setting.anchor_span, None, True), (1, None, True)]
+        forms += product(options.pre_rope_spans, options.joint_kv_turns, [True])
         for span, turn, joint_kv in forms:
-            most = auto_group_dims(turn is not None, joint_kv)
-            heads, dims = setting.shape.num_kv_heads, setting.shape.head_size
-            group_size = auto_group_size(heads, dims, most)
-            form = {"anchor_span": span, "pre_rope_turn": turn, "joint_kv": joint_kv}
             keys = [f"anchors every {span}" if span > 1 else "un-rotated keys"]
             if turn is not None:
                 keys[0] += " and pre-RoPE" + (
@@ -105,10 +101,16 @@ def main() -> int:
                 )
             elif span == setting.anchor_span:
                 keys = []
+            if joint_kv:
+                keys.append("joint K/V")
+            if options.forms is not None and ", ".join(keys) not in options.forms:
+                continue
+            most = auto_group_dims(turn is not None, joint_kv)
+            heads, dims = setting.shape.num_kv_heads, setting.shape.head_size
+            group_size = auto_group_size(heads, dims, most)
+            form = {"anchor_span": span, "pre_rope_turn": turn, "joint_kv": joint_kv}
             for beside in (none, kept):
-                what = [exact] if beside else []
-                what += [*keys, "joint K/V"] if joint_kv else keys
-                named = ", ".join(what)
+                named = ", ".join([exact, *keys] if beside else keys)
                 assembler = fit(group_size, beside=beside, **form)
                 for ratio in (4.0, 8.0, 16.0):
                     assembled = setting.priced(assembler, exact=beside, ratio=ratio).at(ratio)
