@@ -12,7 +12,7 @@ from vllm_attentionpack.calibrate import gradients
 from vllm_attentionpack.calibrate.gradients import FisherGatherer, TurnedLayer
 from vllm_attentionpack.codec.positions import Anchors, Rotary
 from vllm_attentionpack.errors import UnsupportedModelError
-from vllm_attentionpack.evaluate.simulate.codec import CacheShape, ExactTokens, Tokens
+from vllm_attentionpack.evaluate.simulate.codec import CacheShape, DenseCodec, ExactTokens, Tokens
 from vllm_attentionpack.evaluate.simulate.recording import Recorded
 
 KV_HEADS, SIZE, HIDDEN, WORDS = 2, 4, 6, 5
@@ -50,6 +50,9 @@ class Toy:
         self.cached = {
             id(p): torch.randn(2, p.length, KV_HEADS, SIZE, generator=generator) for p in prompts
         }
+        for p in prompts:  # as the engine would have recorded it
+            rows = slice(p.length - scored - 1, p.length - 1)
+            p.hidden[rows] = self.scored_hidden(p, DenseCodec(self.shape))
 
     def scored_hidden(self, prompt: Recorded, codec: Any) -> Tensor:
         key, value = codec.reconstruct(0, *self.cached[id(prompt)], None)

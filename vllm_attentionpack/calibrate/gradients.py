@@ -36,6 +36,7 @@ from vllm_attentionpack.evaluate.simulate.measure import (
     LOGIT_ROWS,
     REPLAY_TOLERANCE,
     Simulator,
+    replay_error,
     tokens_of,
 )
 from vllm_attentionpack.evaluate.simulate.recording import Recorded
@@ -158,9 +159,8 @@ class FisherGatherer:
             scored[prompt.owner] += len(prompt.targets)
         longest = max(prompts, key=lambda prompt: prompt.length)
         try:
-            dense = self.simulator.scored_hidden(longest, DenseCodec(shape))
             with plain_operators(self.simulator.model):
-                self._check(longest, dense, drawn)
+                self._check(longest, drawn)
                 for done, prompt in enumerate(prompts, start=1):
                     # the mean over items of what each loses per token, half of it
                     weight = self.simulator.tokens / (2 * len(scored) * scored[prompt.owner])
@@ -227,19 +227,13 @@ class FisherGatherer:
             parts += _backward(logits, [rows], v)
         return torch.cat(parts)
 
-    def _check(self, prompt: Recorded, dense: Tensor, drawn: torch.Generator) -> None:
-        """Compares plain operators with the model's, and derivatives with differences.
-
-        Args:
-            prompt: what both are compared on.
-            dense: the hidden states `[n, hidden]` of the model's own operators.
-            drawn: gives the direction of the derivative.
-        """
+    def _check(self, prompt: Recorded, drawn: torch.Generator) -> None:
+        """Compares plain operators with the engine's, and derivatives with differences."""
         codec = _Shifted(self.simulator.shape, self.exact)
         name = type(self.simulator.model).__name__
         found = []
         with self._differentiated(prompt, codec) as hidden:
-            error = float((hidden.detach() - dense).float().norm() / dense.float().norm())
+            error = replay_error(prompt, hidden.detach())
             if not error <= REPLAY_TOLERANCE:
                 raise UnsupportedModelError(
                     f"plain operators of {name} give hidden states {error:.0%} off (at most "

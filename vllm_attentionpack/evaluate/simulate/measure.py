@@ -248,11 +248,10 @@ class Simulator:
     def _check_replay(self) -> None:
         """Raises unless replaying densely gives what the engine's own attention gave."""
         for prompt, replayed in zip(self.recorded, self._dense, strict=True):
-            expected = _scored(prompt, prompt.hidden).float()
-            error = (replayed.float() - expected).norm() / expected.norm().clamp_min(1e-30)
+            error = replay_error(prompt, replayed)
             if not error <= REPLAY_TOLERANCE:
                 raise UnsupportedModelError(
-                    f"replaying a prompt gives hidden states {float(error):.0%} off those of the "
+                    f"replaying a prompt gives hidden states {error:.0%} off those of the "
                     f"engine (at most {REPLAY_TOLERANCE:.0%} is rounding): the model keeps state "
                     "that is not recorded. Leave out --validate and --ratio auto for it."
                 )
@@ -268,6 +267,12 @@ def grouped(
             if value := item.extra.get(key):
                 groups[f"{key}={value}"].append(i)
     return dict(groups)
+
+
+def replay_error(prompt: Recorded, replayed: Tensor) -> float:
+    """How far the hidden states `[n, hidden]` of scored tokens are from the engine's, relative."""
+    expected = _scored(prompt, prompt.hidden).float()
+    return float((replayed.float() - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 def tokens_of(batch: Sequence[Recorded]) -> Tokens:
